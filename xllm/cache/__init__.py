@@ -1,0 +1,1 @@
+"""The block cache: what a block is, where blocks live, and who may move them."""

@@ -1,0 +1,105 @@
+"""What a process was asked to be: frozen, one dataclass per concern.
+
+`flags.py` turns a command line into a `MasterConfig` or a `WorkerConfig`; nothing here is read
+from the environment, and nothing changes after start-up. A field has the name of its flag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+DEFAULT_ETCD_ADDR = "127.0.0.1:2379"
+DEFAULT_NAMESPACE = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdConfig:
+    etcd_addr: str | None = None
+    """Comma-separated `host:port`, `http://…` or `https://…`; None: the default address, where a
+    master starts an embedded etcd if none answers."""
+    etcd_namespace: str = DEFAULT_NAMESPACE
+    lease_ttl: float = 5.0
+    """Seconds until a silent process is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig:
+    host: str = "127.0.0.1"
+    """What to bind."""
+    advertise_host: str | None = None
+    """What to register; None: the source address of the route to etcd."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    log_level: str = "info"
+    log_format: str = "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiConfig:
+    """The public HTTP API, in whichever role serves it."""
+
+    max_concurrent_requests: int = 1024
+    max_body_size: int = 16 << 20
+    """Bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MasterConfig:
+    etcd: EtcdConfig = field(default_factory=EtcdConfig)
+    net: HostConfig = field(default_factory=HostConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
+    http_server_port: int = 8888
+    rpc_server_port: int = 8889
+    """Operators: health, metrics, admin. On loopback unless `--host` says otherwise."""
+    tokenizer_path: str | None = None
+    """None: obtained from the workers."""
+    load_balance_policy: str = "RR"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The engine of a worker: the model, its device, and how much of it to use."""
+
+    model: str | None = None
+    """A Hugging Face folder or a Hub id; None: the default model."""
+    model_id: str | None = None
+    """The name clients ask for; None: the folder's name."""
+    device: str = "auto"
+    dtype: str = "auto"
+    block_size: int = 32
+    """Tokens per block."""
+    max_cache_size: int = 0
+    """Bytes of device KV cache; 0: from what is available."""
+    max_memory_utilization: float = 0.9
+    """Share of the GPU's memory for weights and cache."""
+    max_model_len: int = 0
+    """Tokens of prompt plus output; 0: what the model was trained for."""
+    max_tokens_per_batch: int = 2048
+    max_seqs_per_batch: int = 64
+    max_tokens_per_chunk_for_prefill: int = 0
+    """0: the engine chooses."""
+    enable_chunked_prefill: bool = True
+    enable_prefix_cache: bool = True
+    num_threads: int = 0
+    """Of a CPU worker; 0: the machine's cores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    etcd: EtcdConfig = field(default_factory=EtcdConfig)
+    net: HostConfig = field(default_factory=HostConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    worker_id: str | None = None
+    """None: advertised host:port."""
+    port: int = 8010
+    """Token stream; with `enable_service_routing` false, the public API."""
+    rpc_server_port: int = 0
+    """Operators: health and metrics; 0: any free port, which is logged and registered."""
+    enable_cache_upload: bool = False
+    enable_service_routing: bool = True
+    enable_disagg_pd: bool = False

@@ -1,0 +1,1 @@
+"""The inference engine of a worker: scheduling, the decoder, and its kernels."""

@@ -1,0 +1,182 @@
+"""What processes say to each other: the messages, not how they travel.
+
+Everything here is frozen and carries no behaviour beyond (de)serialisation. Messages on the
+token stream (`roles/stream.py`) are msgpack; values in etcd are JSON.
+
+A request is fully described by `GenerateRequest`: prompt, output so far, sampling, seed. So any
+worker can continue it, and a resubmission after a worker died is the same message with
+`output_ids` filled and `attempt + 1`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NewType
+
+import msgspec
+
+BlockHash = NewType("BlockHash", bytes)
+"""16 bytes that name a full block by its content: see `cache/block_hash.py`."""
+
+WorkerId = NewType("WorkerId", str)
+MasterId = NewType("MasterId", str)
+
+Epoch = NewType("Epoch", int)
+"""One lease of a worker: the etcd lease id, 63 random bits; only ever compared for equality."""
+
+PROTOCOL_VERSION = 1
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    """Cancelled by its owner; never shown to a client."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are drawn. Text stop strings are not here: whoever detokenizes handles them."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    seed: int = 0
+    """Always set by whoever accepts the request, so that a retry draws the same tokens."""
+    max_tokens: int = 16
+    """Output tokens in all, those in `GenerateRequest.output_ids` included. 0: score the prompt."""
+    min_tokens: int = 0
+    stop_token_ids: list[int] = msgspec.field(default_factory=list)
+    """Beside the model's own EOS ids, which `ignore_eos` disables."""
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    logprobs: int | None = None
+    """None: no log-probabilities. N: the drawn token's and the N most likely."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for each prompt token. Not None also means: no prefix-cache lookup."""
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One prompt and `n` samples of its continuation, numbered `index` .. `index + n - 1`."""
+
+    request_id: str
+    model_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    attempt: int = 0
+    n: int = 1
+    index: int = 0
+    output_ids: list[int] = msgspec.field(default_factory=list)
+    """What an earlier attempt already produced (only with n = 1): output, not prompt."""
+    salt: str = ""
+    """Separates tenants in every cache: part of the root of the block hashes."""
+    priority: int = 0
+    """Lower is more urgent."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token, and the alternatives at its position, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one engine step added to one sample of one request.
+
+    `offset` is the number of output tokens before `token_ids`: a receiver drops what it already
+    has. The delta with a `finish_reason` is the last one of its sample.
+    """
+
+    request_id: str
+    attempt: int
+    index: int
+    offset: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The EOS or stop token that ended the sample; it is in `token_ids` too, as last."""
+    logprobs: list[TokenLogprob] | None = None
+    """One per entry of `token_ids`, when asked for."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """In the first delta, when asked for: one per prompt token, None for the first."""
+    cached_tokens: int = 0
+    """Prompt tokens that were not computed; the same in every delta of a sample."""
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client and the HTTP layer have to know of a served model."""
+
+    model_id: str
+    max_model_len: int
+    """Prompt plus output, in tokens."""
+    vocab_size: int
+    created: int
+    """Unix seconds."""
+
+
+class TokenizerFiles(msgspec.Struct, frozen=True):
+    """The files of a model folder that the HTTP layer needs, by name, unparsed.
+
+    tokenizer.json always; tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
+    generation_config.json where the folder has them.
+    """
+
+    files: dict[str, bytes]
+
+
+class WorkerState(enum.StrEnum):
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's registration: the value of `workers/{worker_id}`, on its lease."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    address: str
+    """host:port of the token stream."""
+    operator_address: str
+    """host:port of health and metrics."""
+    model: ModelCard
+    fingerprint: str
+    """Of the weights' contents and the KV-relevant config: `engine/weights.py`."""
+    block_size: int
+    kv_dtype: str
+    device_blocks: int
+    block_bytes: int
+    state: WorkerState = WorkerState.READY
+    protocol_version: int = PROTOCOL_VERSION
+    started_at: float = 0.0
+    """Unix seconds; for people, never compared."""
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's load: the value of `load/{worker_id}`, on its lease, at most once a second."""
+
+    epoch: Epoch
+    waiting_requests_num: int = 0
+    running_requests_num: int = 0
+    waiting_tokens_num: int = 0
+    """Prompt tokens that are admitted or queued but not computed yet."""
+    gpu_cache_usage_perc: float = 0.0
+    """0 to 1. The field's name, also on a CPU."""
+    prefill_tokens_per_s: float = 0.0
+    """Measured; 0 when nothing was measured yet."""
+    decode_step_s: float = 0.0
+
+
+class MasterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A master's registration: the value of `masters/{master_id}`, on its lease."""
+
+    master_id: MasterId
+    http_address: str
+    operator_address: str
+    started_at: float = 0.0

@@ -1,0 +1,1 @@
+"""The processes of a cluster: what `--role` selects, composed from the packages below."""

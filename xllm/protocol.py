@@ -158,6 +158,15 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Unix seconds; for people, never compared."""
 
 
+class Watermark(msgspec.Struct, frozen=True, array_like=True):
+    """What a load report already knows of one master's requests: the rest, that master adds."""
+
+    session: int
+    """The connection that is counted: `frames.Hello.session`; counts start at 0 with each."""
+    received: int
+    ended: int
+
+
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's load: the value of `load/{worker_id}`, on its lease, at most once a second."""
 
@@ -171,6 +180,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float = 0.0
     """Measured; 0 when nothing was measured yet."""
     decode_step_s: float = 0.0
+    watermarks: dict[str, Watermark] = msgspec.field(default_factory=dict)
+    """By `MasterId`."""
 
 
 class MasterInfo(msgspec.Struct, frozen=True, kw_only=True):

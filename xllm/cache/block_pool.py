@@ -1,0 +1,172 @@
+"""Slots of the device tier: reference counts, the free queue, and the names of full blocks.
+
+Every block is in exactly one of three states:
+
+    used          ref count >= 1, in no queue; named once it is full and committed
+    cached        ref count 0, named, in the free queue: found by its hash until it is evicted
+    free          ref count 0, no name, in the free queue
+
+Rules:
+ 1. A named block is never written again.
+ 2. At most one block bears a name; a block computed twice keeps its second copy unnamed.
+ 3. The free queue is evicted from its head. Unnamed blocks join at the head, cached ones at the
+    tail, and the blocks of one sequence join last block first: the tail of a chain goes before its
+    head, since a head without its tail is useful and a tail without its head is not.
+
+Pure bookkeeping: no bytes move here, and nothing waits.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from xllm.protocol import BlockHash
+
+
+class BlockEventKind(enum.Enum):
+    STORED = "stored"
+    REMOVED = "removed"
+    CLEARED = "cleared"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEvent:
+    """What the rest of the cluster may want to know of one tier's contents."""
+
+    kind: BlockEventKind
+    hash: BlockHash | None = None
+    """None only for CLEARED."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    num_blocks: int
+    num_used: int
+    num_cached: int
+    num_evictions: int
+
+
+class BlockPool:
+    """`num_blocks` equal slots. All methods are synchronous and for one thread."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._ref_counts = [0] * num_blocks
+        self._hashes: list[BlockHash | None] = [None] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._by_hash: dict[BlockHash, int] = {}
+        self._events: list[BlockEvent] = []
+        self._num_cached = 0
+        self._num_evictions = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out, cached ones included."""
+        return len(self._free)
+
+    def lookup(self, block_hash: BlockHash) -> int | None:
+        """The block that bears this name; valid until the next `allocate`, unless acquired."""
+        return self._by_hash.get(block_hash)
+
+    def hash_of(self, block_id: int) -> BlockHash | None:
+        return self._hashes[block_id]
+
+    def is_used(self, block_id: int) -> bool:
+        return self._ref_counts[block_id] > 0
+
+    def acquire(self, block_ids: Iterable[int]) -> None:
+        """Takes one more reference to named or used blocks."""
+        for block_id in block_ids:
+            if self._ref_counts[block_id] == 0:
+                assert self._hashes[block_id] is not None, "a free block is not acquired by id"
+                del self._free[block_id]
+                self._num_cached -= 1
+            self._ref_counts[block_id] += 1
+
+    def allocate(self, num_blocks: int) -> list[int] | None:
+        """Fresh unnamed blocks with one reference each, or None if there are too few.
+
+        Evicts cached blocks, the least recently used first.
+        """
+        if num_blocks > len(self._free):
+            return None
+        block_ids = []
+        for _ in range(num_blocks):
+            block_id, _ = self._free.popitem(last=False)
+            self._drop_name(block_id)
+            self._ref_counts[block_id] = 1
+            block_ids.append(block_id)
+        return block_ids
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """Gives one reference back for each block of a sequence, in the sequence's order."""
+        for block_id in reversed(block_ids):
+            count = self._ref_counts[block_id] - 1
+            assert count >= 0, "released more often than acquired"
+            self._ref_counts[block_id] = count
+            if count == 0:
+                self._free[block_id] = None
+                if self._hashes[block_id] is None:
+                    self._free.move_to_end(block_id, last=False)
+                else:
+                    self._num_cached += 1
+
+    def commit(self, block_id: int, block_hash: BlockHash) -> None:
+        """Names a full block, unless another block bears that name already."""
+        assert self._ref_counts[block_id] > 0, "only a used block is committed"
+        assert self._hashes[block_id] is None, "a block is committed once"
+        if block_hash in self._by_hash:
+            return
+        self._hashes[block_id] = block_hash
+        self._by_hash[block_hash] = block_id
+        self._events.append(BlockEvent(BlockEventKind.STORED, block_hash))
+
+    def clear(self) -> int:
+        """Forgets every cached block, and the names of used ones; returns how many names went."""
+        num_cleared = len(self._by_hash)
+        for block_id in self._by_hash.values():
+            self._hashes[block_id] = None
+        self._by_hash.clear()
+        self._num_cached = 0
+        self._events = [BlockEvent(BlockEventKind.CLEARED)]
+        return num_cleared
+
+    def take_events(self) -> list[BlockEvent]:
+        """What changed since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def statistics(self) -> PoolStatistics:
+        return PoolStatistics(
+            num_blocks=self.num_blocks,
+            num_used=self.num_blocks - len(self._free),
+            num_cached=self._num_cached,
+            num_evictions=self._num_evictions,
+        )
+
+    def check_invariants(self) -> None:
+        """Re-derives everything from scratch; tests call it after each operation."""
+        for block_id in range(self.num_blocks):
+            assert self._ref_counts[block_id] >= 0
+            assert (self._ref_counts[block_id] == 0) == (block_id in self._free)
+        named = {h: b for b, h in enumerate(self._hashes) if h is not None}
+        assert named == self._by_hash
+        assert len(named) == sum(h is not None for h in self._hashes)
+        assert self._num_cached == sum(b in self._free for b in named.values())
+
+    def check_references(self, expected: dict[int, int]) -> None:
+        """`expected`: references by block as their owners count them; absent is none."""
+        for block_id, count in enumerate(self._ref_counts):
+            assert count == expected.get(block_id, 0), f"block {block_id}: {count} references"
+
+    def _drop_name(self, block_id: int) -> None:
+        block_hash = self._hashes[block_id]
+        if block_hash is not None:
+            self._hashes[block_id] = None
+            del self._by_hash[block_hash]
+            self._events.append(BlockEvent(BlockEventKind.REMOVED, block_hash))
+            self._num_cached -= 1
+            self._num_evictions += 1

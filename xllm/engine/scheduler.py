@@ -1,0 +1,302 @@
+"""Which tokens run in the next step: continuous batching with chunked prefill. Pure.
+
+Each step has a budget of `max_tokens_per_batch` rows, spent in this order:
+
+ 1. decodes, one row each, so that running streams never wait for a prompt;
+ 2. prompts that have begun, oldest first;
+ 3. waiting requests, by priority and then age, while there are blocks, seats and budget.
+
+A request is admitted when every block that its known tokens need is reserved, or not at all; then
+only output can run out of blocks. When it does, the newest sequence is preempted: it gives its
+blocks back (its committed ones stay cached) and waits at the head of the queue. The oldest
+sequence always gets on, because a cache is never smaller than one request of the greatest length.
+
+A waiting request whose next block is being computed by a running one is passed over until that
+block is there: requests that arrive together with the same new prefix compute it once.
+
+With n > 1 the first sample prefills; the others are its `children`, draw their first token from the
+same logits, and are forked from its blocks after that step.
+
+`schedule` and `complete` come in pairs: nothing else may change a sequence between them, so
+cancellations are applied before `schedule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from xllm.cache.kv_cache import KVCache
+from xllm.engine.request import Sequence, SequenceState
+from xllm.protocol import FinishReason
+
+MAX_PASSED_OVER = 32
+"""Waiting requests looked at beyond those that wait for a pending prefix: bounds a step's cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    max_tokens_per_batch: int
+    max_seqs_per_batch: int
+    max_model_len: int
+    max_tokens_per_chunk: int = 0
+    """Prompt tokens of a step that also decodes; 0: no limit but the budget."""
+    enable_chunked_prefill: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Rows [start, start + num_tokens) of one sequence's tokens."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    num_samples: int
+    """Tokens to draw from the last row's logits: 0 in the middle of a prompt, n for a prompt with
+    n - 1 children, otherwise 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Decodes come first."""
+
+    scheduled: list[ScheduledSequence]
+    num_decodes: int
+    copies: list[tuple[int, int]]
+    """Blocks to copy, (source, target), before anything runs."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclass(slots=True)
+class Advance:
+    """What a step did to one sequence."""
+
+    seq: Sequence
+    offset: int
+    token_ids: list[int] = field(default_factory=list)
+    sample: int | None = None
+    """Index into the step's drawn tokens; None: no token was drawn."""
+    stop_token_id: int | None = None
+
+
+class Scheduler:
+    """Waiting and running sequences of one engine, for its thread alone."""
+
+    def __init__(
+        self, kv_cache: KVCache, limits: SchedulerLimits, eos_token_ids: Iterable[int]
+    ) -> None:
+        self.kv_cache = kv_cache
+        self.limits = limits
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        """In order of admission: the last one is preempted first."""
+        self.num_preemptions = 0
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._copies: list[tuple[int, int]] = []
+        self._preempted = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a sequence behind those as urgent as it."""
+        position = len(self.waiting)
+        while position and self._urgency(seq) < self._urgency(self.waiting[position - 1]):
+            position -= 1
+        self.waiting.insert(position, seq)
+
+    def abort(self, request_id: str, attempt: int | None = None) -> list[Sequence]:
+        """Ends all samples of a request and frees their blocks; returns those that were alive."""
+        aborted = [
+            seq
+            for seq in (*self.waiting, *self.running)
+            if seq.request_id == request_id and attempt in (None, seq.attempt)
+        ]
+        for seq in aborted:
+            self._finish(seq, FinishReason.ABORT)
+        return aborted + [child for seq in aborted for child in seq.children]
+
+    def schedule(self, max_prefill_tokens: int | None = None) -> StepPlan:
+        """Decides the next step; the plan is empty when nothing can run.
+
+        `max_prefill_tokens`: prompt tokens that this step affords beside decodes, if any decode.
+        """
+        budget = self.limits.max_tokens_per_batch
+        decodes = self._schedule_decodes(budget)
+        budget -= len(decodes)
+        if decodes:
+            for limit in (max_prefill_tokens, self.limits.max_tokens_per_chunk or None):
+                if limit is not None:
+                    budget = min(budget, limit)
+        prefills: list[ScheduledSequence] = []
+        for seq in self.running:
+            if not seq.is_decoding and budget > 0:
+                budget -= self._schedule_prefill(seq, budget, decodes, prefills)
+        if not self._preempted:
+            self._admit(budget, decodes, prefills)
+        copies, self._copies = self._copies, []
+        return StepPlan(decodes + prefills, len(decodes), copies)
+
+    def complete(self, plan: StepPlan, token_ids: list[int]) -> list[Advance]:
+        """Applies a step: `token_ids` are the drawn tokens, `num_samples` for each entry in order.
+
+        Returns what every sequence gained, in the plan's order; those that have ended have a
+        `finish_reason` and hold no blocks.
+        """
+        advances: list[Advance] = []
+        drawn = 0
+        for item in plan.scheduled:
+            seq = item.seq
+            seq.num_computed_tokens = item.start + item.num_tokens
+            self.kv_cache.commit(seq)
+            if item.num_samples == 0:
+                if seq.num_remaining_tokens == 0:  # max_tokens = 0: the prompt was to be scored
+                    advances += [Advance(member, 0) for member in (seq, *seq.children)]
+                    self._finish(seq, FinishReason.LENGTH)
+                continue
+            children, seq.children = seq.children, []
+            for member in (seq, *children):
+                advances.append(self._append(member, token_ids[drawn], drawn))
+                drawn += 1
+            for child in children:
+                if child.finish_reason is None:
+                    self._fork(seq, item, child)
+            for member in (seq, *children):
+                if member.finish_reason is not None:
+                    self._finish(member, member.finish_reason)
+        return advances
+
+    def fail(self, plan: StepPlan) -> list[Sequence]:
+        """The step could not be run: ends every sequence in it; returns them."""
+        failed = []
+        for item in plan.scheduled:
+            failed += [item.seq, *item.seq.children]
+            self._finish(item.seq, FinishReason.ABORT)
+        return failed
+
+    def _urgency(self, seq: Sequence) -> tuple[int, float]:
+        return (seq.group.priority, seq.arrival)
+
+    def _schedule_decodes(self, budget: int) -> list[ScheduledSequence]:
+        self._preempted = False
+        for seq in list(self.running):
+            if seq.is_decoding and seq.state is SequenceState.RUNNING:
+                while not self.kv_cache.try_extend(seq):
+                    self._preempted = True
+                    victim = self.running[-1]
+                    self._preempt(victim)
+                    if victim is seq:
+                        break
+        decoding = [seq for seq in self.running if seq.is_decoding][:budget]
+        return [ScheduledSequence(seq, seq.num_computed_tokens, 1, 1) for seq in decoding]
+
+    def _schedule_prefill(
+        self,
+        seq: Sequence,
+        budget: int,
+        decodes: list[ScheduledSequence],
+        prefills: list[ScheduledSequence],
+    ) -> int:
+        """Adds a chunk of `seq` to `prefills`; returns the rows it takes."""
+        remaining = seq.num_remaining_tokens
+        if remaining > budget and not self.limits.enable_chunked_prefill:
+            fits_alone = remaining > self.limits.max_tokens_per_batch
+            if not (fits_alone and not prefills and not decodes):
+                return 0
+            budget = remaining
+        num_tokens = min(remaining, budget)
+        num_samples = 0
+        if num_tokens == remaining and seq.sampling.max_tokens > 0:
+            num_samples = 1 + len(seq.children)
+        prefills.append(ScheduledSequence(seq, seq.num_computed_tokens, num_tokens, num_samples))
+        return num_tokens
+
+    def _admit(
+        self, budget: int, decodes: list[ScheduledSequence], prefills: list[ScheduledSequence]
+    ) -> None:
+        num_passed_over = 0
+        for seq in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.limits.max_seqs_per_batch:
+                return
+            match = self.kv_cache.match(seq)
+            if match.is_pending:
+                num_passed_over += 1
+                if num_passed_over == MAX_PASSED_OVER:
+                    return
+                continue
+            remaining = seq.num_tokens - min(match.num_tokens, seq.num_tokens - 1)
+            if not self._may_begin(remaining, budget, decodes, prefills):
+                return
+            # A block for the next token of each running sequence stays free, so that admitting
+            # one request does not preempt another a moment later.
+            if not self.kv_cache.try_admit(seq, match, num_spare_blocks=len(self.running)):
+                return
+            if seq.cached_tokens is None:
+                seq.cached_tokens = seq.num_computed_tokens
+            self.waiting.remove(seq)
+            seq.state = SequenceState.RUNNING
+            self.running.append(seq)
+            budget -= self._schedule_prefill(seq, budget, decodes, prefills)
+
+    def _may_begin(
+        self,
+        remaining: int,
+        budget: int,
+        decodes: list[ScheduledSequence],
+        prefills: list[ScheduledSequence],
+    ) -> bool:
+        if self.limits.enable_chunked_prefill or remaining <= budget:
+            return True
+        return remaining > self.limits.max_tokens_per_batch and not decodes and not prefills
+
+    def _append(self, seq: Sequence, token_id: int, sample: int) -> Advance:
+        advance = Advance(seq, seq.num_output_tokens, [token_id], sample)
+        seq.token_ids.append(token_id)
+        sampling = seq.sampling
+        is_stop = token_id in sampling.stop_token_ids or (
+            token_id in self._eos_token_ids and not sampling.ignore_eos
+        )
+        if is_stop and seq.num_output_tokens >= sampling.min_tokens:
+            seq.finish_reason = FinishReason.STOP
+            advance.stop_token_id = token_id
+        elif (
+            seq.num_output_tokens >= sampling.max_tokens
+            or seq.num_tokens >= self.limits.max_model_len
+        ):
+            seq.finish_reason = FinishReason.LENGTH
+        return advance
+
+    def _fork(self, parent: Sequence, item: ScheduledSequence, child: Sequence) -> None:
+        child.cached_tokens = parent.cached_tokens
+        copies = None
+        if len(self.running) < self.limits.max_seqs_per_batch:
+            copies = self.kv_cache.try_fork(parent, child)
+        if copies is None:  # it finds the full blocks in the cache when there is room again
+            self.add(child)
+            return
+        child.state = SequenceState.RUNNING
+        self.running.append(child)
+        self._copies += copies
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.num_preemptions += 1
+        self.running.remove(seq)
+        self.kv_cache.free(seq)
+        seq.state = SequenceState.WAITING
+        self.waiting.insert(0, seq)
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        if seq.state is SequenceState.RUNNING:
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        self.kv_cache.free(seq)
+        seq.state = SequenceState.FINISHED
+        seq.finish_reason = reason
+        for child in seq.children:
+            child.state = SequenceState.FINISHED
+            child.finish_reason = reason

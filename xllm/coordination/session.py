@@ -1,0 +1,308 @@
+"""One lease, kept alive, and the keys that live and die with it.
+
+The lease id is the session's *epoch*: 63 random bits chosen here, so that a grant whose answer was
+lost can be repeated. A lease that is gone (it expired, was revoked, or etcd came back empty) is
+replaced: a new epoch begins and every registered key is put again under it.
+
+`alive` is computed here, from when the last acknowledged keepalive was *sent*: so it turns false
+no later than etcd drops the keys, whether or not etcd can be reached.
+
+An *exclusive* key belongs to one live process. It fences all other writes of the session: each is
+a transaction that compares the key's lease with the epoch, so that a process that was declared
+dead cannot write over its successor's keys. A predecessor that died is waited for, one that lives
+raises Fenced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from xllm.coordination.client import EtcdClient
+from xllm.coordination.errors import EtcdRefused, Fenced, LeaseExists, LeaseNotFound
+from xllm.coordination.records import (
+    Compare,
+    CompareCreateRevision,
+    CompareLease,
+    CompareModRevision,
+    Get,
+    KeyValue,
+    Op,
+    Put,
+)
+from xllm.errors import EtcdUnavailable
+from xllm.protocol import Epoch
+
+log = logging.getLogger(__name__)
+
+Value: TypeAlias = bytes | Callable[[Epoch], bytes]
+"""What to put; called once per epoch and update when it depends on the epoch."""
+
+REVOKE_TIMEOUT_S = 1.0
+"""Of a clean goodbye; without it, the lease expires by itself."""
+
+POLL_S = 0.25
+"""Between attempts to write what could not be written."""
+
+
+class _Registration:
+    """A key that is to be there, and the epoch under which its present value was written."""
+
+    __slots__ = ("exclusive", "held_since", "key", "value", "written")
+
+    def __init__(self, key: str, value: Value, exclusive: bool) -> None:
+        self.key = key
+        self.value = value
+        self.exclusive = exclusive
+        self.written: Epoch | None = None
+        self.held_since: tuple[int, float] | None = None
+        """The foreign lease in our way, and when it was first seen."""
+
+    def payload(self, epoch: Epoch) -> bytes:
+        return self.value if isinstance(self.value, bytes) else self.value(epoch)
+
+
+class Session:
+    """Run `run()` as a task for as long as the session lives; call `close()` after it ended."""
+
+    def __init__(
+        self, client: EtcdClient, ttl_s: float, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`ttl_s` is rounded up to whole seconds; etcd may raise it further."""
+        self.client = client
+        self.ttl_s: float = math.ceil(ttl_s)
+        self._clock = clock
+        self._epoch = _new_epoch()
+        self._granted = False
+        self._alive_until = -math.inf
+        self._past_epochs: set[int] = set()
+        self._registrations: dict[str, _Registration] = {}
+        self._callbacks: list[Callable[[Epoch], None]] = []
+        self._writing = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._closed = False
+
+    @property
+    def epoch(self) -> Epoch:
+        return self._epoch
+
+    @property
+    def alive(self) -> bool:
+        """Whether etcd still keeps our keys, as far as this side's clock can tell."""
+        return self._granted and self._clock() < self._alive_until
+
+    def on_new_epoch(self, callback: Callable[[Epoch], None]) -> None:
+        """`callback` is called for each epoch that replaces another, before keys are put again."""
+        self._callbacks.append(callback)
+
+    async def register(self, key: str, value: Value, *, exclusive: bool = False) -> None:
+        """Puts the key and keeps it there; returns once it is.
+
+        An `exclusive` key waits for the lease of a dead predecessor to expire; there is one per
+        session, registered before the keys that it guards.
+        Raises: Fenced, EtcdUnavailable, RequestTooLarge; then the key is not registered.
+        """
+        if exclusive and self._guard is not None:
+            raise ValueError(f"{self._guard.key} is this session's exclusive key already")
+        registration = _Registration(key, value, exclusive)
+        self._registrations[key] = registration
+        try:
+            while True:
+                if await self._write(registration):
+                    return
+                await asyncio.sleep(POLL_S)
+        except BaseException:
+            if self._registrations.get(key) is registration:
+                del self._registrations[key]
+            raise
+
+    async def update(self, key: str, value: Value) -> None:
+        """A new value for a registered key; without etcd, it is written when etcd is back.
+
+        Raises: RequestTooLarge.
+        """
+        registration = self._registrations[key]
+        registration.value = value
+        registration.written = None
+        try:
+            await self._write(registration)
+        except EtcdUnavailable as error:
+            log.debug("etcd_update_postponed key=%s error=%s", key, error)
+
+    async def unregister(self, key: str) -> None:
+        """The key is no longer kept and is deleted, if it is ours.
+
+        Raises: EtcdUnavailable; then it goes with the lease.
+        """
+        del self._registrations[key]
+        async with self._writing:
+            await self.client.delete(key)
+
+    async def fenced_put(self, key: str, value: bytes) -> bool:
+        """Puts a key under the lease, unless this epoch is over: then False.
+
+        Raises: EtcdUnavailable, RequestTooLarge.
+        """
+        epoch = self._epoch
+        return await self.fenced_txn([Put(key, value, epoch)], epoch=epoch)
+
+    async def fenced_txn(self, ops: Sequence[Op], *, epoch: Epoch) -> bool:
+        """Runs `ops` if `epoch` still holds the exclusive key; False: it does not, nothing ran.
+
+        Raises: EtcdUnavailable, RequestTooLarge; ValueError without an exclusive key.
+        """
+        if self._guard is None:
+            raise ValueError("a session without an exclusive key cannot fence its writes")
+        try:
+            result = await self.client.txn([CompareLease(self._guard.key, epoch)], ops)
+        except LeaseNotFound:
+            return False
+        return result.succeeded
+
+    async def run(self) -> None:
+        """Keeps the lease and the keys until it is cancelled or the session is closed.
+
+        Raises: Fenced.
+        """
+        while not self._closed:
+            self._wake.clear()
+            delay_s = await self._tick()
+            try:
+                async with asyncio.timeout(delay_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def close(self) -> None:
+        """Revokes the lease, which deletes its keys. Idempotent; never raises for etcd."""
+        if self._closed:
+            return
+        self._closed = True
+        self._wake.set()
+        if not self._granted:
+            return
+        self._granted = False
+        try:
+            await self.client.revoke(self._epoch, timeout_s=REVOKE_TIMEOUT_S)
+        except (EtcdUnavailable, EtcdRefused) as error:
+            log.info("etcd_lease_left_to_expire epoch=%x error=%s", self._epoch, error)
+
+    @property
+    def _guard(self) -> _Registration | None:
+        return next((r for r in self._registrations.values() if r.exclusive), None)
+
+    async def _tick(self) -> float:
+        """One round of what has to be done; returns the seconds until the next one is due."""
+        try:
+            if self._granted:
+                await self._keep_alive()
+            pending = False
+            for registration in list(self._registrations.values()):
+                if registration.written != self._epoch:
+                    pending |= not await self._write(registration)
+            if not self._granted:
+                async with self._writing:
+                    await self._grant()
+            return POLL_S if pending else self.ttl_s / 3
+        except EtcdUnavailable as error:
+            log.info(
+                "etcd_session_waits epoch=%x alive=%s error=%s", self._epoch, self.alive, error
+            )
+            return min(POLL_S, self.ttl_s / 10)
+
+    async def _keep_alive(self) -> None:
+        sent_at = self._clock()
+        left_s = await self.client.keep_alive(
+            self._epoch, attempt_s=self.ttl_s / 4, timeout_s=self.ttl_s
+        )
+        if left_s > 0:
+            self._alive_until = sent_at + left_s
+        else:
+            self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        log.warning("etcd_lease_lost epoch=%x", self._epoch)
+        self._past_epochs.add(self._epoch)
+        self._granted = False
+        self._epoch = _new_epoch()
+
+    async def _grant(self) -> None:
+        if self._granted or self._closed:
+            return
+        sent_at = self._clock()
+        # Such a lease is ours, from an attempt whose answer was lost: 63 bits do not collide.
+        with contextlib.suppress(LeaseExists):
+            self.ttl_s = await self.client.grant(self._epoch, math.ceil(self.ttl_s))
+        self._granted = True
+        self._alive_until = sent_at + self.ttl_s
+        log.info("etcd_lease_granted epoch=%x ttl_s=%g", self._epoch, self.ttl_s)
+        if self._past_epochs:
+            for callback in self._callbacks:
+                callback(self._epoch)
+
+    async def _write(self, registration: _Registration) -> bool:
+        """Tries once to put a registered key; True: it is there.
+
+        Raises: Fenced, EtcdUnavailable, RequestTooLarge.
+        """
+        async with self._writing:
+            await self._grant()
+            epoch, value = self._epoch, registration.value
+            if registration.written == epoch:
+                return True
+            put = Put(registration.key, registration.payload(epoch), epoch)
+            try:
+                if registration.exclusive:
+                    done = await self._put_exclusive(registration, put)
+                elif self._guard is not None:
+                    done = await self.fenced_txn([put], epoch=epoch)
+                else:
+                    await self.client.put(put.key, put.value, put.lease_id)
+                    done = True
+            except LeaseNotFound:
+                if epoch == self._epoch:
+                    self._end_epoch()
+                return False
+            if done and registration.value is value:
+                registration.written = epoch
+            return done
+
+    async def _put_exclusive(self, registration: _Registration, put: Put) -> bool:
+        """True: put; False: somebody else's lease is in the way, and may yet expire.
+
+        Raises: Fenced when it had the time to expire and did not.
+        """
+        key = put.key
+        holder = await self.client.get(key)
+        if holder is None:
+            compare: Compare = CompareCreateRevision(key, 0)
+        elif holder.lease == put.lease_id:
+            compare = CompareLease(key, put.lease_id)
+        elif holder.lease == 0 or holder.lease in self._past_epochs:
+            compare = CompareModRevision(key, holder.mod_revision)
+        else:
+            await self._wait_for(registration, holder)
+            return False
+        result = await self.client.txn([compare], [put], [Get(key)])
+        return result.succeeded
+
+    async def _wait_for(self, registration: _Registration, holder: KeyValue) -> None:
+        now = self._clock()
+        if registration.held_since is None or registration.held_since[0] != holder.lease:
+            registration.held_since = (holder.lease, now)
+            log.info("etcd_key_held key=%s epoch=%x", registration.key, holder.lease)
+        if now - registration.held_since[1] > self.ttl_s + 1.0:
+            raise Fenced(
+                f"{registration.key} is held by another live process: "
+                "stop that one, or give this one another name"
+            )
+
+
+def _new_epoch() -> Epoch:
+    return Epoch(secrets.randbits(63) | 1)

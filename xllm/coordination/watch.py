@@ -1,0 +1,205 @@
+"""A watch that survives everything: what it yields always adds up to the state in etcd.
+
+It starts with a Snapshot and goes on with the changes after it. A broken connection, a frozen
+member or a member without majority is left for another endpoint, and the watch resumes after the
+last revision that was delivered, so that no change is lost or repeated. Where that cannot be, the
+consumer gets a fresh Snapshot, which replaces all it knew:
+
+- the changes in between were compacted away;
+- etcd came back empty or was restored: to a watch from a revision that is yet to come, this looks
+  like silence. So before resuming, the watch makes sure that history is still the one that it
+  knows: it reads the last put that it saw, at the revision of that put (see `_History`).
+
+A member is alive as long as it answers: a progress request is sent whenever the stream has been
+silent for `HEARTBEAT_S`. Its answer carries a revision that is *not* used for resuming, because
+etcd before 3.5.8 may send it ahead of changes that come before that revision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, TypeAlias
+
+from etcd3aio import _protobuf as pb
+
+from xllm.coordination.client import EtcdClient
+from xllm.coordination.errors import Compacted, EtcdRefused, from_message
+from xllm.coordination.records import (
+    DELETE,
+    PUT,
+    Change,
+    KeyValue,
+    Snapshot,
+    prefix_end,
+)
+from xllm.errors import EtcdUnavailable
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 2.0
+"""Silence after which a progress request is sent."""
+
+SILENCE_S = 5.0
+"""Silence after which the member counts as frozen."""
+
+RECONNECT_DELAY_S = 0.2
+
+WatchItem: TypeAlias = Snapshot | list[Change]
+
+
+class _Diverged(Exception):
+    """The history that the watch knows is not etcd's: start over with a Snapshot."""
+
+
+class _History:
+    """How far the consumer has come, and how to tell whether etcd has the same past.
+
+    `witness` is the last put that was delivered. An etcd with the same history still has it at
+    its revision, with the same lease, which is 63 random bits.
+    """
+
+    __slots__ = ("revision", "witness")
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.revision = snapshot.revision
+        self.witness = max(snapshot.kvs, key=lambda kv: kv.mod_revision, default=None)
+
+    def take_new(self, events: Sequence[Any]) -> list[Change]:
+        """The changes among the events that were not delivered yet, which now are."""
+        changes = [
+            change for event in events if (change := _change(event)).kv.mod_revision > self.revision
+        ]
+        for change in changes:
+            self.revision = change.kv.mod_revision
+            if change.kind is PUT:
+                self.witness = change.kv
+        return changes
+
+    async def check(self, client: EtcdClient) -> None:
+        """Raises: _Diverged, Compacted, EtcdUnavailable."""
+        if self.witness is None:
+            raise _Diverged("nothing was seen that could prove a common history")
+        try:
+            found = await client.get(self.witness.key, revision=self.witness.mod_revision)
+        except Compacted:
+            raise
+        except EtcdRefused as error:  # a revision that is yet to come
+            raise _Diverged(str(error)) from None
+        if found != self.witness:
+            raise _Diverged(f"{self.witness.key} is not what it was at this revision")
+
+
+async def watch_prefix(client: EtcdClient, prefix: str) -> AsyncGenerator[WatchItem, None]:
+    """Yields a Snapshot, then batches of changes in the order of their revisions.
+
+    Any later Snapshot replaces the state and all changes before it. Goes on for ever: an etcd
+    that cannot be reached is waited for. Leave with `aclosing` or by cancelling the task.
+    """
+    while True:
+        snapshot = await _read_snapshot(client, prefix)
+        yield snapshot
+        history = _History(snapshot)
+        try:
+            fresh = True
+            while True:
+                try:
+                    if not fresh:
+                        await history.check(client)
+                    async for changes in _stream(client, prefix, history):
+                        yield changes
+                except EtcdUnavailable as error:
+                    log.info("etcd_watch_interrupted prefix=%s error=%s", prefix, error)
+                    await asyncio.sleep(RECONNECT_DELAY_S)
+                fresh = False
+        except (_Diverged, Compacted) as error:
+            log.warning("etcd_watch_resync prefix=%s reason=%s", prefix, error)
+
+
+async def _read_snapshot(client: EtcdClient, prefix: str) -> Snapshot:
+    while True:
+        try:
+            return await client.range(prefix)
+        except Compacted:  # between two pages
+            continue
+        except EtcdUnavailable as error:
+            log.info("etcd_watch_waits prefix=%s error=%s", prefix, error)
+            await asyncio.sleep(RECONNECT_DELAY_S)
+
+
+async def _stream(
+    client: EtcdClient, prefix: str, history: _History
+) -> AsyncGenerator[list[Change], None]:
+    """One connection's worth of changes after `history.revision`.
+
+    Raises: EtcdUnavailable when it ends, Compacted, _Diverged.
+    """
+    create = pb.WatchCreateRequest(
+        key=prefix.encode(),
+        range_end=prefix_end(prefix),
+        start_revision=history.revision + 1,
+        fragment=True,
+    )
+    async with client.watch_call() as call:
+        async with asyncio.timeout(client.timeout_s):
+            await call.write(pb.WatchRequest(create_request=create))
+        fragments: list[Any] = []
+        async for response in _responses(call):
+            if response.compact_revision:
+                raise Compacted(f"revisions up to {response.compact_revision} are gone")
+            if response.canceled:
+                named = from_message(response.cancel_reason)
+                raise named or EtcdUnavailable(f"watch refused: {response.cancel_reason}")
+            fragments.extend(response.events)
+            if response.fragment:
+                continue
+            changes = history.take_new(fragments)
+            fragments = []
+            if changes:
+                yield changes
+
+
+async def _responses(call: Any) -> AsyncGenerator[Any, None]:
+    """What the stream says, asked for signs of life.
+
+    Raises: EtcdUnavailable when the member is silent or ends the stream.
+    """
+    reading: asyncio.Task[Any] | None = None
+    progress = pb.WatchRequest()
+    progress.progress_request.SetInParent()
+    loop = asyncio.get_running_loop()
+    heard_at = loop.time()
+    try:
+        while True:
+            if reading is None:
+                reading = asyncio.create_task(call.read())
+            await asyncio.wait((reading,), timeout=HEARTBEAT_S)
+            if reading.done():
+                response = reading.result()
+                reading = None
+                if not isinstance(response, pb.WatchResponse):  # end of the stream
+                    raise EtcdUnavailable("etcd ended the watch")
+                yield response
+                heard_at = loop.time()
+            elif loop.time() - heard_at > SILENCE_S:
+                raise EtcdUnavailable(f"etcd was silent for {SILENCE_S:g} s")
+            else:
+                async with asyncio.timeout(SILENCE_S):
+                    await call.write(progress)
+    except TimeoutError:
+        raise EtcdUnavailable("etcd does not read the watch stream") from None
+    finally:
+        if reading is not None:
+            reading.cancel()
+
+
+def _change(event: Any) -> Change:
+    kv = KeyValue(
+        event.kv.key.decode(),
+        event.kv.value,
+        event.kv.create_revision,
+        event.kv.mod_revision,
+        event.kv.lease,
+    )
+    return Change(DELETE if event.type == event.DELETE else PUT, kv)

@@ -13,7 +13,14 @@ from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockPool
 from xllm.cache.kv_cache import KVCache
 from xllm.engine.request import Sequence, SequenceState
-from xllm.engine.scheduler import Advance, Scheduler, SchedulerLimits, StepPlan
+from xllm.engine.scheduler import (
+    MIN_CHUNK_TOKENS,
+    Advance,
+    Scheduler,
+    SchedulerLimits,
+    StepPlan,
+)
+from xllm.engine.step_cost import StepCost, decode_work, prefill_work
 from xllm.protocol import FinishReason, GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4
@@ -37,7 +44,9 @@ def expected_output(prompt: list[int], max_tokens: int, index: int = 0) -> list[
 class Simulation:
     """A scheduler, and memory: which token's KV is in each token slot, as a real cache would."""
 
-    def __init__(self, num_blocks: int = 64, **limits: int | bool) -> None:
+    def __init__(
+        self, num_blocks: int = 64, cost: StepCost | None = None, **limits: int | bool
+    ) -> None:
         root = CacheRoot(fingerprint="f", kv_dtype="float32", block_size=BLOCK_SIZE)
         self.kv_cache = KVCache(BlockPool(num_blocks), root)
         merged = {"max_tokens_per_batch": 32, "max_seqs_per_batch": 8, "max_model_len": 200}
@@ -45,6 +54,7 @@ class Simulation:
             self.kv_cache,
             SchedulerLimits(**(merged | limits)),  # type: ignore[arg-type]
             [EOS],
+            cost,
         )
         self.slots: list[tuple[int, ...] | None] = [None] * (num_blocks * BLOCK_SIZE)
         self.outputs: dict[tuple[str, int], list[int]] = {}
@@ -191,6 +201,32 @@ def test_a_prompt_alone_gets_the_whole_budget() -> None:
     sim = Simulation(max_tokens_per_batch=32, max_tokens_per_chunk=8)
     sim.submit(prompt_of(70), 1)
     assert [sim.step().num_tokens for _ in range(3)] == [32, 32, 6]
+
+
+def test_beside_decodes_a_prompt_gets_what_keeps_the_step_short() -> None:
+    cost = StepCost()
+    for _ in range(50):
+        for work in (decode_work(5), prefill_work(0, 10), prefill_work(30, 20)):
+            cost.observe(work, 0.01 + 0.003 * work.rows)
+    sim = Simulation(cost=cost)
+    sim.submit(prompt_of(5), 30)
+    sim.step()
+    sim.submit(prompt_of(40, 1), 4)
+    chunk = sim.step().scheduled[1].num_tokens
+    assert cost.predict(decode_work(6) + prefill_work(0, chunk)) == pytest.approx(0.08, rel=0.2)
+    assert MIN_CHUNK_TOKENS < chunk < 28
+
+
+def test_a_prompt_gets_on_beside_slow_decodes() -> None:
+    cost = StepCost()
+    for _ in range(20):
+        cost.observe(decode_work(5), 0.5)
+    sim = Simulation(cost=cost)
+    sim.submit(prompt_of(5), 30)
+    sim.step()
+    sim.submit(prompt_of(40, 1), 4)
+    sim.submit(prompt_of(40, 2), 4)
+    assert [s.num_tokens for s in sim.step().scheduled] == [1, MIN_CHUNK_TOKENS]
 
 
 def test_without_chunks_a_prompt_over_the_budget_runs_alone() -> None:

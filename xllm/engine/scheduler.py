@@ -11,6 +11,9 @@ only output can run out of blocks. When it does, the newest sequence is preempte
 blocks back (its committed ones stay cached) and waits at the head of the queue. The oldest
 sequence always gets on, because a cache is never smaller than one request of the greatest length.
 
+Beside decodes a prompt gets no more rows than keep the step under `max_step_s`, so that streams
+flow evenly (TBT); alone it gets the whole budget.
+
 A waiting request whose next block is being computed by a running one is passed over until that
 block is there: requests that arrive together with the same new prefix compute it once.
 
@@ -28,10 +31,14 @@ from dataclasses import dataclass, field
 
 from xllm.cache.kv_cache import KVCache
 from xllm.engine.request import Sequence, SequenceState
+from xllm.engine.step_cost import StepCost, StepWork, decode_work, prefill_work
 from xllm.protocol import FinishReason
 
 MAX_PASSED_OVER = 32
-"""Waiting requests looked at beyond those that wait for a pending prefix: bounds a step's cost."""
+"""Waiting requests that one step passes over because of a pending prefix: bounds its cost."""
+
+MIN_CHUNK_TOKENS = 16
+"""Prompt tokens that a step computes beside decodes even if it takes longer than it should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,8 @@ class SchedulerLimits:
     max_seqs_per_batch: int
     max_model_len: int
     max_tokens_per_chunk: int = 0
-    """Prompt tokens of a step that also decodes; 0: no limit but the budget."""
+    """Prompt tokens of a step that also decodes; 0: what keeps the step under `max_step_s`."""
+    max_step_s: float = 0.08
     enable_chunked_prefill: bool = True
 
 
@@ -82,11 +90,55 @@ class Advance:
     stop_token_id: int | None = None
 
 
+class _Budget:
+    """What is left for prompts in one step: rows, and beside decodes also seconds."""
+
+    def __init__(
+        self, limits: SchedulerLimits, cost: StepCost, decodes: list[ScheduledSequence]
+    ) -> None:
+        self._limits = limits
+        self._cost = cost
+        self._rows = limits.max_tokens_per_batch - len(decodes)
+        self._is_shared = bool(decodes)
+        self._is_used = self._is_shared
+        self._work = StepWork()
+        for item in decodes:
+            self._work += decode_work(item.start + 1)
+        if self._is_shared and limits.max_tokens_per_chunk:
+            self._rows = min(self._rows, limits.max_tokens_per_chunk)
+
+    def affords(self, start: int, num_tokens: int) -> int:
+        """Of the `num_tokens` from position `start` on, how many may run in this step."""
+        if not self._limits.enable_chunked_prefill:
+            runs_alone = num_tokens > self._limits.max_tokens_per_batch and not self._is_used
+            return num_tokens if num_tokens <= self._rows or runs_alone else 0
+        num_tokens = min(num_tokens, self._rows)
+        if self._is_shared and not self._limits.max_tokens_per_chunk:
+            left_s = self._limits.max_step_s - self._cost.predict(self._work)
+            # However slow the decodes are, a prompt gets on by a little each step.
+            least = 0 if self._work.prefill_pairs else MIN_CHUNK_TOKENS
+            num_tokens = min(num_tokens, max(self._cost.max_prefill(left_s, start), least))
+        return num_tokens
+
+    def take(self, start: int, num_tokens: int) -> int:
+        """`affords`, and spends it."""
+        num_tokens = self.affords(start, num_tokens)
+        if num_tokens:
+            self._rows -= num_tokens
+            self._is_used = True
+            self._work += prefill_work(start, num_tokens)
+        return num_tokens
+
+
 class Scheduler:
     """Waiting and running sequences of one engine, for its thread alone."""
 
     def __init__(
-        self, kv_cache: KVCache, limits: SchedulerLimits, eos_token_ids: Iterable[int]
+        self,
+        kv_cache: KVCache,
+        limits: SchedulerLimits,
+        eos_token_ids: Iterable[int],
+        cost: StepCost | None = None,
     ) -> None:
         self.kv_cache = kv_cache
         self.limits = limits
@@ -95,6 +147,7 @@ class Scheduler:
         """In order of admission: the last one is preempted first."""
         self.num_preemptions = 0
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._cost = cost or StepCost()
         self._copies: list[tuple[int, int]] = []
         self._preempted = False
 
@@ -120,24 +173,16 @@ class Scheduler:
             self._finish(seq, FinishReason.ABORT)
         return aborted + [child for seq in aborted for child in seq.children]
 
-    def schedule(self, max_prefill_tokens: int | None = None) -> StepPlan:
-        """Decides the next step; the plan is empty when nothing can run.
-
-        `max_prefill_tokens`: prompt tokens that this step affords beside decodes, if any decode.
-        """
-        budget = self.limits.max_tokens_per_batch
-        decodes = self._schedule_decodes(budget)
-        budget -= len(decodes)
-        if decodes:
-            for limit in (max_prefill_tokens, self.limits.max_tokens_per_chunk or None):
-                if limit is not None:
-                    budget = min(budget, limit)
+    def schedule(self) -> StepPlan:
+        """Decides the next step; the plan is empty when nothing can run."""
+        decodes = self._schedule_decodes()
+        budget = _Budget(self.limits, self._cost, decodes)
         prefills: list[ScheduledSequence] = []
         for seq in self.running:
-            if not seq.is_decoding and budget > 0:
-                budget -= self._schedule_prefill(seq, budget, decodes, prefills)
+            if not seq.is_decoding:
+                self._schedule_prefill(seq, budget, prefills)
         if not self._preempted:
-            self._admit(budget, decodes, prefills)
+            self._admit(budget, prefills)
         copies, self._copies = self._copies, []
         return StepPlan(decodes + prefills, len(decodes), copies)
 
@@ -181,7 +226,7 @@ class Scheduler:
     def _urgency(self, seq: Sequence) -> tuple[int, float]:
         return (seq.group.priority, seq.arrival)
 
-    def _schedule_decodes(self, budget: int) -> list[ScheduledSequence]:
+    def _schedule_decodes(self) -> list[ScheduledSequence]:
         self._preempted = False
         for seq in list(self.running):
             if seq.is_decoding and seq.state is SequenceState.RUNNING:
@@ -191,36 +236,29 @@ class Scheduler:
                     self._preempt(victim)
                     if victim is seq:
                         break
-        decoding = [seq for seq in self.running if seq.is_decoding][:budget]
-        return [ScheduledSequence(seq, seq.num_computed_tokens, 1, 1) for seq in decoding]
+        decoding = [seq for seq in self.running if seq.is_decoding]
+        return [
+            ScheduledSequence(seq, seq.num_computed_tokens, 1, 1)
+            for seq in decoding[: self.limits.max_tokens_per_batch]
+        ]
 
     def _schedule_prefill(
-        self,
-        seq: Sequence,
-        budget: int,
-        decodes: list[ScheduledSequence],
-        prefills: list[ScheduledSequence],
-    ) -> int:
-        """Adds a chunk of `seq` to `prefills`; returns the rows it takes."""
+        self, seq: Sequence, budget: _Budget, prefills: list[ScheduledSequence]
+    ) -> None:
+        """Adds the chunk of `seq` that the budget affords, if any."""
         remaining = seq.num_remaining_tokens
-        if remaining > budget and not self.limits.enable_chunked_prefill:
-            fits_alone = remaining > self.limits.max_tokens_per_batch
-            if not (fits_alone and not prefills and not decodes):
-                return 0
-            budget = remaining
-        num_tokens = min(remaining, budget)
+        num_tokens = budget.take(seq.num_computed_tokens, remaining)
+        if num_tokens == 0:
+            return
         num_samples = 0
         if num_tokens == remaining and seq.sampling.max_tokens > 0:
             num_samples = 1 + len(seq.children)
         prefills.append(ScheduledSequence(seq, seq.num_computed_tokens, num_tokens, num_samples))
-        return num_tokens
 
-    def _admit(
-        self, budget: int, decodes: list[ScheduledSequence], prefills: list[ScheduledSequence]
-    ) -> None:
+    def _admit(self, budget: _Budget, prefills: list[ScheduledSequence]) -> None:
         num_passed_over = 0
         for seq in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.limits.max_seqs_per_batch:
+            if len(self.running) >= self.limits.max_seqs_per_batch:
                 return
             match = self.kv_cache.match(seq)
             if match.is_pending:
@@ -228,8 +266,8 @@ class Scheduler:
                 if num_passed_over == MAX_PASSED_OVER:
                     return
                 continue
-            remaining = seq.num_tokens - min(match.num_tokens, seq.num_tokens - 1)
-            if not self._may_begin(remaining, budget, decodes, prefills):
+            start = min(match.num_tokens, seq.num_tokens - 1)
+            if not budget.affords(start, seq.num_tokens - start):
                 return
             # A block for the next token of each running sequence stays free, so that admitting
             # one request does not preempt another a moment later.
@@ -240,18 +278,7 @@ class Scheduler:
             self.waiting.remove(seq)
             seq.state = SequenceState.RUNNING
             self.running.append(seq)
-            budget -= self._schedule_prefill(seq, budget, decodes, prefills)
-
-    def _may_begin(
-        self,
-        remaining: int,
-        budget: int,
-        decodes: list[ScheduledSequence],
-        prefills: list[ScheduledSequence],
-    ) -> bool:
-        if self.limits.enable_chunked_prefill or remaining <= budget:
-            return True
-        return remaining > self.limits.max_tokens_per_batch and not decodes and not prefills
+            self._schedule_prefill(seq, budget, prefills)
 
     def _append(self, seq: Sequence, token_id: int, sample: int) -> Advance:
         advance = Advance(seq, seq.num_output_tokens, [token_id], sample)

@@ -3,7 +3,7 @@
 Rows of all sequences are laid one after the other without padding. For sequence b of B:
 
     query_start_loc[b] .. query_start_loc[b+1]      its rows in input_ids, positions, slot_mapping
-    context_lens[b]                                 tokens in its KV once this step has written its own
+    context_lens[b]                                 tokens in its KV, those of this step included
     block_tables[b, :ceil(context_lens[b] / bs)]    where they are; entries after that are undefined
 
 Sequences with one query row (decodes) come first: `num_decodes` of them.

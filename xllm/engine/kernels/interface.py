@@ -2,7 +2,11 @@
 
 `reference.py` implements them as plainly as possible, and every other implementation is tested
 against it. Letters: T rows, B sequences, H query heads, G KV heads, D head size, E hidden size,
-N blocks in the cache, S tokens per block.
+I intermediate size, V vocabulary, R rows with logits, L layers, N blocks in the cache, S tokens per
+block.
+
+There are two seams. `Kernels` replaces single operations, which `engine/model.py` composes.
+`Decoder` replaces the whole stack, for an implementation that runs all layers in one native call.
 
 The cache of all layers is one tensor [N, L, 2, S, G, D] (page-first: a block is one contiguous
 extent); a kernel gets one layer of it, `kv_layer` = cache[:, l], a view [N, 2, S, G, D] whose first
@@ -37,7 +41,7 @@ class Kernels(Protocol):
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Over the last dimension, computed in float32, in x's dtype. Also for QK norm [T, H, D]."""
+        """Over the last dimension, in float32; the result in x's dtype. Also QK norm [T, H, D]."""
         ...
 
     def add_rms_norm(
@@ -74,4 +78,17 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T, 2 I] -> silu(first half) * second half, [T, I]."""
+        ...
+
+
+class Decoder(Protocol):
+    """A loaded model. One call at a time."""
+
+    def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Runs all layers over the batch's rows and writes their K and V into kv_cache
+        [N, L, 2, S, G, D]: -> [R, E], the rows `batch.logits_indices` after the final norm."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The LM head: [R, E] -> [R, V] float32, freshly allocated: the caller may change it."""
         ...

@@ -26,7 +26,7 @@ void with_type(int32_t dtype, F&& f) {
 template <class T>
 void run_linear(XllmPool* pool, const XllmLinear& layer, int64_t rows, const RowSource<T>& source,
                 const Epilogue& epilogue) {
-  pool->run([&](Team& team) { linear<T>(team, layer, rows, source, epilogue); });
+  pool->run([&] { linear<T>(*pool, layer, rows, source, epilogue); });
 }
 
 }  // namespace
@@ -59,8 +59,8 @@ void xllm_pack(XllmPool* pool, void* packed, const void* weight, int64_t stride,
                int64_t k, int32_t gated, int32_t dtype) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    pool->run([&](Team& team) {
-      pack<T>(team, packed, static_cast<const T*>(weight), stride, n, k, gated);
+    pool->run([&] {
+      pack<T>(*pool, packed, static_cast<const T*>(weight), stride, n, k, gated);
     });
   });
 }
@@ -118,8 +118,8 @@ void xllm_rope_and_write(XllmPool* pool, const XllmAttention* shape, const XllmB
                          void* qkv, int64_t qkv_stride, const XllmKvLayer* kv) {
   with_type(shape->dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    pool->run([&](Team& team) {
-      rope_and_write<T>(team, *shape, *batch, static_cast<T*>(qkv), qkv_stride, *kv);
+    pool->run([&] {
+      rope_and_write<T>(*pool, *shape, *batch, static_cast<T*>(qkv), qkv_stride, *kv);
     });
   });
 }
@@ -131,8 +131,8 @@ void xllm_attention(XllmPool* pool, const XllmAttention* shape, const XllmBatch*
   float* partial = static_cast<float*>(pool->workspace(plan.partial_floats * 4 + 64));
   with_type(shape->dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    pool->run([&](Team& team) {
-      attention<T>(team, plan, *shape, *batch, static_cast<const T*>(q), q_stride, *kv,
+    pool->run([&] {
+      attention<T>(*pool, plan, *shape, *batch, static_cast<const T*>(q), q_stride, *kv,
                    static_cast<T*>(out), out_stride, partial);
     });
   });
@@ -141,15 +141,13 @@ void xllm_attention(XllmPool* pool, const XllmAttention* shape, const XllmBatch*
 float xllm_read(XllmPool* pool, const float* data, int64_t count) {
   constexpr int64_t kPart = 1 << 18;
   std::atomic<float> total{0};
-  pool->run([&](Team& team) {
-    float mine = 0;
-    team.parallel_for(count / kPart, [&](int64_t part) {
+  pool->run([&] {
+    pool->for_each(count / kPart, [&](int64_t part) {
       vf sums[4] = {};
       for (int64_t i = part * kPart; i < (part + 1) * kPart; i += 4 * VL)
         for (int j = 0; j < 4; ++j) sums[j] += load(data + i + j * VL);
-      mine += reduce_add(sums[0] + sums[1] + sums[2] + sums[3]);
+      total.fetch_add(reduce_add(sums[0] + sums[1] + sums[2] + sums[3]));
     });
-    total.store(total.load() + mine);
   });
   return total.load();
 }

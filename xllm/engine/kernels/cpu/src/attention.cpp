@@ -32,6 +32,38 @@ struct TileScheme<bf16> {
 
 int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
+// Where the keys and values of one unit (a chunk of one KV head) are: `count` of up to kChunk.
+template <class T>
+struct Rows {
+  const T** keys;
+  const T** values;
+  int64_t count = 0;
+};
+
+// Brings the next unit's rows into the cache in small steps between the computation of this one:
+// a burst would wait for memory, and hardware does not foresee rows that are scattered over blocks.
+template <class T>
+class Fetcher {
+ public:
+  Fetcher(const Rows<T>& rows, int64_t d)
+      : rows_(rows), d_(d), lines_per_row_((d * sizeof(T) + 63) / 64) {}
+
+  // About `lines` cache lines of keys and as many of values.
+  void step(int64_t lines) {
+    for (; lines > 0 && row_ < rows_.count; lines -= lines_per_row_, ++row_) {
+      for (int64_t i = 0; i < d_; i += 64 / sizeof(T)) {
+        __builtin_prefetch(rows_.keys[row_] + i);
+        __builtin_prefetch(rows_.values[row_] + i);
+      }
+    }
+  }
+
+ private:
+  const Rows<T>& rows_;
+  const int64_t d_, lines_per_row_;
+  int64_t row_ = 0;
+};
+
 // A thread's memory for one item of work.
 template <class T>
 struct Work {
@@ -42,7 +74,7 @@ struct Work {
   static_assert(kMaxHeadDim <= kChunk);
   static constexpr bool kWiden = S::kCells * sizeof(T) * S::kPerStep != 4;  // bf16 as float32
 
-  Work(Team& team, int64_t head_dim)
+  Work(Worker& worker, int64_t head_dim)
       : d(head_dim),
         d_steps(head_dim / S::kPerStep),
         d_panels((head_dim + NR - 1) / NR) {
@@ -52,7 +84,7 @@ struct Work {
                           MR_MAX * kStride + MR_MAX * d_panels * NR + acc_cells +
                           2 * round_up(kTileRows + kLanes, 16);
     uint32_t* next = static_cast<uint32_t*>(
-        team.scratch(cells * 4 + 2 * kChunk * sizeof(T*) + 2 * VL * kMaxHeadDim * 4));
+        worker.scratch((cells + (VL + 1) * kMaxHeadDim) * 4 + 4 * kChunk * sizeof(T*)));
     auto take = [&](int64_t count) { return std::exchange(next, next + count); };
     k = take(k_cells);
     v = take(v_cells);
@@ -63,9 +95,14 @@ struct Work {
     acc = reinterpret_cast<float*>(take(acc_cells));
     m = reinterpret_cast<float*>(take(round_up(kTileRows + kLanes, 16)));
     l = reinterpret_cast<float*>(take(round_up(kTileRows + kLanes, 16)));
-    wide = take(2 * VL * kMaxHeadDim);
-    key_rows = reinterpret_cast<const T**>(next);
-    value_rows = key_rows + kChunk;
+    wide = take(VL * kMaxHeadDim);
+    zeros = take(kMaxHeadDim);
+    std::fill_n(zeros, kMaxHeadDim, 0u);
+    const T** pointers = reinterpret_cast<const T**>(next);
+    for (Rows<T>& r : rows) {
+      r.keys = std::exchange(pointers, pointers + kChunk);
+      r.values = std::exchange(pointers, pointers + kChunk);
+    }
   }
 
   const int64_t d, d_steps, d_panels;
@@ -78,86 +115,72 @@ struct Work {
   float* acc;          // [row][d_panels * NR]
   float* m;            // [row] largest score so far, unscaled
   float* l;            // [row] sum of weights so far
-  uint32_t* wide;      // rows widened to float32
-  const T** key_rows;  // [kChunk]
-  const T** value_rows;
-
-  int64_t acc_stride() const { return d_panels * NR; }
+  uint32_t* wide;      // [VL][kMaxHeadDim]: keys widened to float32
+  uint32_t* zeros;     // [kMaxHeadDim]
+  Rows<T> rows[2];     // of the unit being computed and of the next one
 };
 
-// Where the `count` keys from position `begin` are.
+// Finds the keys of head `head` from position `begin` on.
 template <class T>
-void find_rows(Work<T>& work, const XllmBatch& batch, const XllmKvLayer& kv, int64_t seq,
+void find_rows(Rows<T>& rows, const XllmBatch& batch, const XllmKvLayer& kv, int64_t seq,
                int64_t head, int64_t begin, int64_t count) {
   const int32_t* table = batch.block_tables + seq * batch.block_table_stride;
   const T* base = static_cast<const T*>(kv.data) + head * kv.head_stride;
+  rows.count = count;
   for (int64_t i = 0; i < count;) {
     const int64_t block = (begin + i) / kv.block_size, offset = (begin + i) % kv.block_size;
     const int64_t n = std::min(kv.block_size - offset, count - i);
     const T* row = base + table[block] * kv.block_stride + offset * kv.token_stride;
     for (int64_t j = 0; j < n; ++j, ++i, row += kv.token_stride) {
-      work.key_rows[i] = row;
-      work.value_rows[i] = row + kv.kv_stride;
+      rows.keys[i] = row;
+      rows.values[i] = row + kv.kv_stride;
     }
   }
 }
 
+// Keys as [panel of NR][d step][NR]. Past the last one anything may follow: its scores are masked.
 template <class T>
-inline void prefetch_row(const T* row, int64_t d) {
-  for (int64_t i = 0; i < d; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
-}
-
-// Packs `count` keys and values. Beyond them, V is zero up to a whole step (p is zero there, but
-// zero times garbage need not be), and K may be anything (its scores are masked).
-template <class T>
-void pack_chunk(Work<T>& work, int64_t count) {
+void pack_keys(Work<T>& work, const Rows<T>& rows, Fetcher<T>& fetcher) {
   using S = typename Work<T>::S;
-  const int64_t d = work.d;
-  for (int64_t first = 0; first < count; first += VL) {
-    uint32_t* out = work.k + first / NR * work.d_steps * NR + first % NR;
-    const uint32_t* rows[VL];
+  for (int64_t first = 0; first < rows.count; first += VL) {
+    const uint32_t* cells[VL];
     for (int64_t i = 0; i < VL; ++i) {
-      const int64_t key = std::min(first + i, count - 1);
-      prefetch_row(work.value_rows[key], d);
-      prefetch_row(work.key_rows[std::min<int64_t>(key + 2 * VL, count - 1)], d);
+      const T* key = rows.keys[std::min(first + i, rows.count - 1)];
       if constexpr (Work<T>::kWiden) {
-        rows[i] = work.wide + i * kMaxHeadDim;
-        put_cells<S>(work.key_rows[key], d, work.wide + i * kMaxHeadDim);
+        put_cells<S>(key, work.d, work.wide + i * kMaxHeadDim);
+        cells[i] = work.wide + i * kMaxHeadDim;
       } else {
-        rows[i] = reinterpret_cast<const uint32_t*>(work.key_rows[key]);
+        cells[i] = reinterpret_cast<const uint32_t*>(key);
       }
     }
-    transpose_rows(rows, work.d_steps, out, NR);
+    transpose_rows(cells, work.d_steps, work.k + (first / NR * work.d_steps * NR + first % NR), NR);
+    fetcher.step(VL / 2);
   }
+}
 
-  const int64_t steps = (count + S::kPerStep - 1) / S::kPerStep;
-  for (int64_t s = 0; s < steps; ++s) {
-    for (int64_t column = 0; column < d; column += VL) {
-      uint32_t* out =
-          work.v + (column / NR * Work<T>::kKeySteps + s) * NR + column % NR;
-      const int64_t width = std::min<int64_t>(VL, d - column);
-      if constexpr (S::kPerStep == 2) {
-        const uint16_t* even = reinterpret_cast<const uint16_t*>(work.value_rows[2 * s]) + column;
-        const bool whole = 2 * s + 1 < count;
-        const uint16_t* odd =
-            whole ? reinterpret_cast<const uint16_t*>(work.value_rows[2 * s + 1]) + column
-                  : nullptr;
-        if (width == VL) {
-          store(out, load_u16(even) | (whole ? load_u16(odd) << 16 : vu{}));
-        } else {
-          for (int64_t i = 0; i < width; ++i)
-            out[i] = even[i] | (whole ? static_cast<uint32_t>(odd[i]) << 16 : 0);
-        }
-      } else {
-        const T* row = work.value_rows[s] + column;
-        float* values = reinterpret_cast<float*>(out);
-        if (width == VL) {
-          store(values, load(row));
-        } else {
-          for (int64_t i = 0; i < width; ++i) values[i] = to_float(row[i]);
-        }
-      }
+// Values as [panel of NR columns][key step][NR]. A missing half of the last step is zero: its
+// weight is zero, but zero times garbage need not be.
+template <class T>
+void pack_values(Work<T>& work, const Rows<T>& rows, Fetcher<T>& fetcher) {
+  using S = typename Work<T>::S;
+  const int64_t d = work.d, whole = d / VL * VL;
+  constexpr int64_t panel_cells = Work<T>::kKeySteps * NR;
+  uint32_t* out = work.v;
+  for (int64_t key = 0; key < rows.count; key += S::kPerStep, out += NR) {
+    auto at = [&](int64_t column) { return out + column / NR * panel_cells + column % NR; };
+    const T* row = rows.values[key];
+    if constexpr (S::kPerStep == 2) {
+      const uint16_t* even = reinterpret_cast<const uint16_t*>(row);
+      const uint16_t* odd = key + 1 < rows.count
+                                ? reinterpret_cast<const uint16_t*>(rows.values[key + 1])
+                                : reinterpret_cast<const uint16_t*>(work.zeros);
+      for (int64_t i = 0; i < whole; i += VL) store(at(i), load_u16(even + i) | load_u16(odd + i) << 16);
+      for (int64_t i = whole; i < d; ++i) *at(i) = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+    } else {
+      for (int64_t i = 0; i < whole; i += VL) store(reinterpret_cast<float*>(at(i)), load(row + i));
+      for (int64_t i = whole; i < d; ++i) *reinterpret_cast<float*>(at(i)) = to_float(row[i]);
     }
+    if (key % 16 == 0) fetcher.step(12);
   }
 }
 
@@ -212,6 +235,8 @@ float weigh(Work<T>& work, int64_t row, int64_t visible, int64_t keys, float fac
 struct State {
   float *m, *l, *acc;
   int64_t acc_stride;
+
+  State from(int64_t row) const { return {m + row, l + row, acc + row * acc_stride, acc_stride}; }
 };
 
 // Merges a chunk's results (m, l, sums) of `rows` rows into `state`.
@@ -253,10 +278,45 @@ void clear(const State& state, int64_t rows) {
   std::fill_n(state.acc, rows * state.acc_stride, 0.0f);
 }
 
+// Steps 2 and 3 for the packed chunk: row r, of query token r / group, sees `visible` + r / group
+// of its keys.
 template <class T>
-void write_rows(const State& state, int64_t first, int64_t rows, int64_t d, int64_t group,
-                T* out, int64_t out_stride) {
-  for (int64_t r = first; r < first + rows; ++r) {
+void attend_chunk(Work<T>& work, const uint32_t* q, int64_t rows, int64_t group, int64_t visible,
+                  float factor, const State& state, Fetcher<T>& fetcher) {
+  using S = typename Work<T>::S;
+  using Table = MicroTable<S, Work<T>::kStride>;
+  auto visible_to = [&](int64_t r) {
+    return std::clamp<int64_t>(visible + r / group, 0, kChunk);
+  };
+  const int64_t groups = num_groups(rows);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t r0 = group_begin(rows, groups, g);
+    const int64_t m_rows = group_begin(rows, groups, g + 1) - r0;
+    const int64_t keys = visible_to(r0 + m_rows - 1);
+    if (keys == 0) continue;
+    const Micro multiply = Table::table[m_rows - 1];
+    for (int64_t panel = 0; panel * NR < keys; ++panel) {
+      multiply(q + r0 * Work<T>::kStride, work.k + panel * work.d_steps * NR, work.d_steps,
+               work.scores + panel * MR_MAX * NR, false, nullptr, 0);
+      fetcher.step(NR / 4);
+    }
+    alignas(64) float m[kLanes] = {}, l[kLanes] = {};
+    for (int64_t r = 0; r < m_rows; ++r) {
+      l[r] = weigh(work, r, visible_to(r0 + r), keys, factor, &m[r]);
+      fetcher.step(8);
+    }
+    const int64_t key_steps = (keys + S::kPerStep - 1) / S::kPerStep;
+    for (int64_t panel = 0; panel < work.d_panels; ++panel)
+      multiply(work.p, work.v + panel * Work<T>::kKeySteps * NR, key_steps,
+               work.sums + panel * MR_MAX * NR, false, nullptr, 0);
+    merge(state.from(r0), m_rows, m, l, work.sums, MR_MAX * NR, NR, work.d_panels, factor);
+  }
+}
+
+template <class T>
+void write_rows(const State& state, int64_t rows, int64_t d, int64_t group, T* out,
+                int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
     const float factor = 1.0f / state.l[r];
     const float* acc = state.acc + r * state.acc_stride;
     T* row = out + r / group * out_stride + r % group * d;
@@ -284,20 +344,28 @@ AttentionPlan::AttentionPlan(const XllmBatch& batch, const XllmAttention& shape,
     }
   }
   const int64_t stride = round_up(shape.head_dim, NR) + 2;
+  const int64_t heads = shape.num_kv_heads;
   const int64_t large = total / (4 * threads);
   for (size_t i = 0; i < tiles.size(); ++i) {
     Tile& tile = tiles[i];
-    const int64_t floats = tile.tokens * shape.num_heads * tile.chunks * stride + kLanes;
+    const int64_t index = static_cast<int64_t>(i), rows = tile.tokens * group;
+    const int64_t floats = rows * heads * tile.chunks * stride + kLanes;
     const bool share = threads > 1 && tile.chunks > 1 && tile.tokens * tile.chunks > large &&
                        partial_floats + floats <= kMaxPartialFloats;
     if (share) {
       tile.partial = partial_floats;
       partial_floats += floats;
-      shared.push_back(i);
-      for (int64_t chunk = 0; chunk < tile.chunks; ++chunk)
-        items.push_back({static_cast<int64_t>(i), chunk, tile.tokens});
-    } else {
-      items.push_back({static_cast<int64_t>(i), -1, tile.tokens * tile.chunks});
+      shared.push_back(index);
+    }
+    // All heads of a decode together, if that leaves enough items: memory is read in longer runs.
+    const bool plenty = static_cast<int64_t>(tiles.size()) >= 4 * threads || share;
+    const int64_t together = plenty ? std::clamp<int64_t>(MR_MAX / rows, 1, heads) : 1;
+    for (int64_t head = 0; head < heads; head += together) {
+      const int64_t end = std::min(heads, head + together);
+      const int64_t cost = (end - head) * tile.tokens;
+      if (!share) items.push_back({index, -1, head, end, cost * tile.chunks});
+      for (int64_t chunk = 0; share && chunk < tile.chunks; ++chunk)
+        items.push_back({index, chunk, head, end, cost});
     }
   }
   std::stable_sort(items.begin(), items.end(),
@@ -305,90 +373,93 @@ AttentionPlan::AttentionPlan(const XllmBatch& batch, const XllmAttention& shape,
 }
 
 template <class T>
-void attention(Team& team, const AttentionPlan& plan, const XllmAttention& shape,
+void attention(Pool& pool, const AttentionPlan& plan, const XllmAttention& shape,
                const XllmBatch& batch, const T* q, int64_t q_stride, const XllmKvLayer& kv, T* out,
                int64_t out_stride, float* partial) {
   using S = typename TileScheme<T>::type;
-  using Table = MicroTable<S, Work<T>::kStride>;
   const int64_t group = shape.num_heads / shape.num_kv_heads, d = shape.head_dim;
   const float factor = shape.scale * kLog2e;
-  Work<T> work(team, d);
+  const int64_t acc_stride = round_up(d, NR);
 
   // Partial results of (tile, head, chunk): m [rows], l [rows], acc [rows][acc_stride].
   auto partial_of = [&](const AttentionPlan::Tile& tile, int64_t head, int64_t chunk) {
     const int64_t rows = tile.tokens * group;
-    float* base = partial + tile.partial +
-                  (head * tile.chunks + chunk) * rows * (work.acc_stride() + 2);
-    return State{base, base + rows, base + 2 * rows, work.acc_stride()};
+    float* base = partial + tile.partial + (head * tile.chunks + chunk) * rows * (acc_stride + 2);
+    return State{base, base + rows, base + 2 * rows, acc_stride};
   };
   auto out_of = [&](const AttentionPlan::Tile& tile, int64_t head) {
     return out + tile.token * out_stride + head * group * d;
   };
 
-  const int64_t n = static_cast<int64_t>(plan.items.size()) * shape.num_kv_heads;
-  team.parallel_for_ordered(n, [&](int64_t index) {
-    const AttentionPlan::Item& item = plan.items[index / shape.num_kv_heads];
-    const AttentionPlan::Tile& tile = plan.tiles[item.tile];
-    const int64_t head = index % shape.num_kv_heads;
-    const int64_t rows = tile.tokens * group, groups = num_groups(rows);
-    for (int64_t r = 0; r < rows; ++r)
-      put_cells<S>(q + (tile.token + r / group) * q_stride + (head * group + r % group) * d, d,
-                   work.q + r * Work<T>::kStride);
-
-    const State state = item.chunk < 0 ? State{work.m, work.l, work.acc, work.acc_stride()}
-                                       : partial_of(tile, head, item.chunk);
-    clear(state, rows);
-    const int64_t first_chunk = std::max<int64_t>(item.chunk, 0);
-    const int64_t end_chunk = item.chunk < 0 ? tile.chunks : item.chunk + 1;
-    for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
-      const int64_t begin = chunk * kChunk;
-      const int64_t count = std::min(kChunk, tile.visible + tile.tokens - 1 - begin);
-      find_rows(work, batch, kv, tile.seq, head, begin, count);
-      pack_chunk(work, count);
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t r0 = group_begin(rows, groups, g), m_rows = group_begin(rows, groups, g + 1) - r0;
-        auto visible = [&](int64_t r) {
-          return std::clamp<int64_t>(tile.visible + r / group - begin, 0, kChunk);
-        };
-        const int64_t keys = visible(r0 + m_rows - 1);
-        if (keys == 0) continue;
-        for (int64_t panel = 0; panel * NR < keys; ++panel)
-          Table::table[m_rows - 1](work.q + r0 * Work<T>::kStride,
-                                   work.k + panel * work.d_steps * NR, work.d_steps,
-                                   work.scores + panel * MR_MAX * NR, false, work.k);
-        alignas(64) float m[kLanes] = {}, l[kLanes] = {};
-        for (int64_t r = 0; r < m_rows; ++r)
-          l[r] = weigh(work, r, visible(r0 + r), keys, factor, &m[r]);
-        const int64_t key_steps = (keys + S::kPerStep - 1) / S::kPerStep;
-        for (int64_t panel = 0; panel < work.d_panels; ++panel)
-          Table::table[m_rows - 1](work.p, work.v + panel * Work<T>::kKeySteps * NR, key_steps,
-                                   work.sums + panel * MR_MAX * NR, false, work.v);
-        merge({state.m + r0, state.l + r0, state.acc + r0 * state.acc_stride, state.acc_stride},
-              m_rows, m, l, work.sums, MR_MAX * NR, NR, work.d_panels, factor);
+  const int64_t kv_heads = shape.num_kv_heads;
+  pool.parallel(static_cast<int64_t>(plan.items.size()), [&](Worker& worker) {
+    Work<T> work(worker, d);
+    worker.each([&](int64_t index) {
+      const AttentionPlan::Item& item = plan.items[index];
+      const AttentionPlan::Tile& tile = plan.tiles[item.tile];
+      const int64_t heads = item.head_end - item.head_begin, rows = tile.tokens * group;
+      const int64_t first_chunk = item.chunk < 0 ? 0 : item.chunk;
+      const int64_t chunks = item.chunk < 0 ? tile.chunks : 1;
+      const State own{work.m, work.l, work.acc, acc_stride};
+      auto state_of = [&](int64_t head) {
+        return item.chunk < 0 ? own.from((head - item.head_begin) * rows)
+                              : partial_of(tile, head, item.chunk);
+      };
+      for (int64_t head = item.head_begin; head < item.head_end; ++head) {
+        clear(state_of(head), rows);
+        uint32_t* cells = work.q + (head - item.head_begin) * rows * Work<T>::kStride;
+        for (int64_t r = 0; r < rows; ++r)
+          put_cells<S>(q + (tile.token + r / group) * q_stride + (head * group + r % group) * d, d,
+                       cells + r * Work<T>::kStride);
       }
-    }
-    if (item.chunk < 0) write_rows(state, 0, rows, d, group, out_of(tile, head), out_stride);
-  });
+
+      // A unit is one head of one chunk; the heads of a chunk lie side by side in memory.
+      auto find = [&](int64_t unit, Rows<T>& found) {
+        found.count = 0;
+        if (unit == chunks * heads) return;
+        const int64_t begin = (first_chunk + unit / heads) * kChunk;
+        find_rows(found, batch, kv, tile.seq, item.head_begin + unit % heads, begin,
+                  std::min(kChunk, tile.visible + tile.tokens - 1 - begin));
+      };
+      find(0, work.rows[0]);
+      for (int64_t unit = 0; unit < chunks * heads; ++unit) {
+        const int64_t chunk = first_chunk + unit / heads, h = unit % heads;
+        const Rows<T>& now = work.rows[unit % 2];
+        find(unit + 1, work.rows[(unit + 1) % 2]);
+        Fetcher<T> fetcher(work.rows[(unit + 1) % 2], d);
+        pack_keys(work, now, fetcher);
+        pack_values(work, now, fetcher);
+        attend_chunk(work, work.q + h * rows * Work<T>::kStride, rows, group,
+                     tile.visible - chunk * kChunk, factor, state_of(item.head_begin + h),
+                     fetcher);
+      }
+      if (item.chunk >= 0) return;
+      for (int64_t head = item.head_begin; head < item.head_end; ++head)
+        write_rows(state_of(head), rows, d, group, out_of(tile, head), out_stride);
+    });
+  }, Pool::Order::kSequence);
 
   if (plan.shared.empty()) return;
-  team.parallel_for(static_cast<int64_t>(plan.shared.size()) * shape.num_kv_heads, [&](int64_t i) {
-    const AttentionPlan::Tile& tile = plan.tiles[plan.shared[i / shape.num_kv_heads]];
-    const int64_t head = i % shape.num_kv_heads, rows = tile.tokens * group;
-    const State state{work.m, work.l, work.acc, work.acc_stride()};
-    clear(state, rows);
-    for (int64_t chunk = 0; chunk < tile.chunks; ++chunk) {
-      const State part = partial_of(tile, head, chunk);
-      for (int64_t r = 0; r < rows; r += MR_MAX)
-        merge({state.m + r, state.l + r, state.acc + r * state.acc_stride, state.acc_stride},
-              std::min<int64_t>(MR_MAX, rows - r), part.m + r, part.l + r,
-              part.acc + r * part.acc_stride, NR, part.acc_stride, work.d_panels, factor);
-    }
-    write_rows(state, 0, rows, d, group, out_of(tile, head), out_stride);
+  pool.parallel(static_cast<int64_t>(plan.shared.size()) * kv_heads, [&](Worker& worker) {
+    Work<T> work(worker, d);
+    worker.each([&](int64_t i) {
+      const AttentionPlan::Tile& tile = plan.tiles[plan.shared[i / kv_heads]];
+      const int64_t head = i % kv_heads, rows = tile.tokens * group;
+      const State state{work.m, work.l, work.acc, acc_stride};
+      clear(state, rows);
+      for (int64_t chunk = 0; chunk < tile.chunks; ++chunk) {
+        const State part = partial_of(tile, head, chunk);
+        for (int64_t r = 0; r < rows; r += MR_MAX)
+          merge(state.from(r), std::min<int64_t>(MR_MAX, rows - r), part.m + r, part.l + r,
+                part.acc + r * acc_stride, NR, acc_stride, work.d_panels, factor);
+      }
+      write_rows(state, rows, d, group, out_of(tile, head), out_stride);
+    });
   });
 }
 
 #define XLLM_INSTANTIATE(T)                                                                       \
-  template void attention<T>(Team&, const AttentionPlan&, const XllmAttention&, const XllmBatch&, \
+  template void attention<T>(Pool&, const AttentionPlan&, const XllmAttention&, const XllmBatch&, \
                              const T*, int64_t, const XllmKvLayer&, T*, int64_t, float*);
 XLLM_INSTANTIATE(float)
 XLLM_INSTANTIATE(bf16)

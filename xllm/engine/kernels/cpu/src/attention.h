@@ -39,6 +39,7 @@ struct AttentionPlan {
   struct Item {
     int64_t tile;
     int64_t chunk;  // -1: all of them, in order
+    int64_t head_begin, head_end;
     int64_t cost;
   };
 
@@ -50,17 +51,17 @@ struct AttentionPlan {
   int64_t partial_floats = 0;
 };
 
-// out [T, H D] = attention of q [T, H D]. Called by every thread; ends in a barrier.
+// out [T, H D] = attention of q [T, H D]. Within pool.run().
 // `partial`: plan.partial_floats floats, shared by the threads.
 template <class T>
-void attention(Team& team, const AttentionPlan& plan, const XllmAttention& shape,
+void attention(Pool& pool, const AttentionPlan& plan, const XllmAttention& shape,
                const XllmBatch& batch, const T* q, int64_t q_stride, const XllmKvLayer& kv, T* out,
                int64_t out_stride, float* partial);
 
 // Norms (if asked for) and rotates the q and k of qkv [T, (H + 2 G) D] in place and writes k and v
-// to their token slots. Called by every thread; ends in a barrier.
+// to their token slots. Within pool.run().
 template <class T>
-void rope_and_write(Team& team, const XllmAttention& shape, const XllmBatch& batch, T* qkv,
+void rope_and_write(Pool& pool, const XllmAttention& shape, const XllmBatch& batch, T* qkv,
                     int64_t qkv_stride, const XllmKvLayer& kv);
 
 }  // namespace xllm

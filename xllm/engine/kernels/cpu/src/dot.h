@@ -120,12 +120,12 @@ inline void put_cells(const bf16* x, int64_t count, uint32_t* cells) {
 }
 
 using Micro = void (*)(const uint32_t* a, const uint32_t* w, int64_t steps, float* c,
-                       bool accumulate, const uint32_t* prefetch);
+                       bool accumulate, const char* fetch, int64_t fetch_stride);
 
-// `prefetch`: NR cells per step are fetched from there while computing.
+// From `fetch` on, `fetch_stride` bytes of each step are brought into the cache meanwhile.
 template <class S, int MR, int STRIDE>
 void micro(const uint32_t* a, const uint32_t* w, int64_t steps, float* c, bool accumulate,
-           const uint32_t* prefetch) {
+           const char* fetch, int64_t fetch_stride) {
   vf acc[MR][2];
   if (accumulate) {
 #pragma GCC unroll 16
@@ -138,12 +138,11 @@ void micro(const uint32_t* a, const uint32_t* w, int64_t steps, float* c, bool a
     for (int r = 0; r < MR; ++r) acc[r][0] = acc[r][1] = vf{};
   }
   for (int64_t s = 0; s < steps; ++s) {
-    for (int line = 0; line < NR * 4; line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(prefetch) + line);
+    for (int line = 0; line < NR * 4; line += 64) __builtin_prefetch(fetch + line);
     S::template step<MR, STRIDE>(acc, a, w);
     a += S::kCells;
     w += NR;
-    prefetch += NR;
+    fetch += fetch_stride;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {

@@ -1,6 +1,6 @@
-// The decoder stack, run by all threads from the embedding to the final norm.
+// The decoder stack, from the embedding to the final norm.
 //
-// Per layer, each line ends in a barrier:
+// Per layer, each line one operation of the pool:
 //
 //     qkv      = norm(residual) Wqkv + b
 //     q, k     = rope(norm(q, k));  k, v -> cache
@@ -61,9 +61,9 @@ struct Buffers {
 };
 
 template <class T>
-void embed(Team& team, const XllmModel& model, const XllmStep& step, float* residual) {
+void embed(Pool& pool, const XllmModel& model, const XllmStep& step, float* residual) {
   const int64_t e = model.hidden_size;
-  team.parallel_for(step.batch.num_tokens, [&](int64_t row) {
+  pool.for_each(step.batch.num_tokens, [&](int64_t row) {
     float* out = residual + row * e;
     if (model.embedding == nullptr) {
       unpack_row<T>(model.lm_head, step.input_ids[row], out);
@@ -75,10 +75,10 @@ void embed(Team& team, const XllmModel& model, const XllmStep& step, float* resi
 }
 
 template <class T>
-void run_layers(Team& team, const XllmModel& model, const XllmStep& step,
+void run_layers(Pool& pool, const XllmModel& model, const XllmStep& step,
                 const AttentionPlan& plan, const Buffers<T>& buffers) {
   const int64_t e = model.hidden_size, wide = model.intermediate_size;
-  embed<T>(team, model, step, buffers.residual);
+  embed<T>(pool, model, step, buffers.residual);
 
   float* residual = buffers.residual;
   int64_t rows = step.batch.num_tokens;
@@ -93,10 +93,10 @@ void run_layers(Team& team, const XllmModel& model, const XllmStep& step,
     auto normed = [&](const float* weight) {
       return RowSource<T>{nullptr, residual, weight, model.eps, e, nullptr};
     };
-    linear<T>(team, layer.qkv, rows, normed(layer.input_norm),
+    linear<T>(pool, layer.qkv, rows, normed(layer.input_norm),
               {Output::kStore, buffers.qkv, buffers.qkv_stride});
-    rope_and_write<T>(team, shape, step.batch, buffers.qkv, buffers.qkv_stride, kv);
-    attention<T>(team, plan, shape, step.batch, buffers.qkv, buffers.qkv_stride, kv,
+    rope_and_write<T>(pool, shape, step.batch, buffers.qkv, buffers.qkv_stride, kv);
+    attention<T>(pool, plan, shape, step.batch, buffers.qkv, buffers.qkv_stride, kv,
                  buffers.attended, buffers.attended_stride, buffers.partial);
 
     RowSource<T> attended{buffers.attended, nullptr, nullptr, 0, buffers.attended_stride, nullptr};
@@ -104,18 +104,18 @@ void run_layers(Team& team, const XllmModel& model, const XllmStep& step,
       rows = step.num_logits;
       attended.index = step.logits_indices;
       residual = buffers.last_residual;
-      team.parallel_for(rows, [&](int64_t r) {
+      pool.for_each(rows, [&](int64_t r) {
         std::copy_n(buffers.residual + step.logits_indices[r] * e, e, residual + r * e);
       });
     }
-    linear<T>(team, layer.o, rows, attended, {Output::kAdd, residual, e});
-    linear<T>(team, layer.gate_up, rows, normed(layer.post_norm),
+    linear<T>(pool, layer.o, rows, attended, {Output::kAdd, residual, e});
+    linear<T>(pool, layer.gate_up, rows, normed(layer.post_norm),
               {Output::kStore, buffers.act, wide});
-    linear<T>(team, layer.down, rows,
+    linear<T>(pool, layer.down, rows,
               RowSource<T>{buffers.act, nullptr, nullptr, 0, wide, nullptr},
               {Output::kAdd, residual, e});
   }
-  team.parallel_for(step.num_logits, [&](int64_t r) {
+  pool.for_each(step.num_logits, [&](int64_t r) {
     rms_norm_row(residual + r * e, model.final_norm, model.eps, e,
                  static_cast<T*>(step.hidden) + r * e);
   });
@@ -131,7 +131,7 @@ void forward(Pool& pool, const XllmModel& model, const XllmStep& step) {
   shape.head_dim = model.head_dim;
   const AttentionPlan plan(step.batch, shape, pool.size());
   const Buffers<T> buffers(pool, model, step, plan.partial_floats);
-  pool.run([&](Team& team) { run_layers<T>(team, model, step, plan, buffers); });
+  pool.run([&] { run_layers<T>(pool, model, step, plan, buffers); });
 }
 
 template void forward<float>(Pool&, const XllmModel&, const XllmStep&);

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kBlockSteps = 768;              // of K, before accumulators are put aside
 constexpr int64_t kRowsPerBlock = 8 * MR_MAX;     // with K of a few thousand: half of L2
 constexpr int64_t kPartBytes = 64 << 10;          // of weights, the unit of sharing out
-constexpr int64_t kPrefetchCells = 32 * NR;
+constexpr int64_t kFetchAhead = 8 << 10;          // bytes
 
 template <class S>
 constexpr int kStride = kBlockSteps * S::kCells + 16;  // odd in cache lines: rows spread over sets
@@ -140,11 +140,11 @@ int64_t packed_bytes(int64_t n, int64_t k, bool gated, int32_t dtype) {
 }
 
 template <class T>
-void pack(Team& team, void* packed, const T* weight, int64_t stride, int64_t n, int64_t k,
+void pack(Pool& pool, void* packed, const T* weight, int64_t stride, int64_t n, int64_t k,
           bool gated) {
   constexpr int per_step = SchemeOf<T>::type::kPerStep;
   const int64_t steps = (k + per_step - 1) / per_step;
-  team.parallel_for(num_panels(n, gated), [&](int64_t panel) {
+  pool.for_each(num_panels(n, gated), [&](int64_t panel) {
     uint32_t* cells = static_cast<uint32_t*>(packed) + panel * steps * NR;
     for (int lane = 0; lane < NR; ++lane) {
       const int64_t row = output_of(panel, lane, n, gated);
@@ -166,48 +166,56 @@ void pack(Team& team, void* packed, const T* weight, int64_t stride, int64_t n, 
 }
 
 template <class T>
-void linear(Team& team, const XllmLinear& layer, int64_t rows, const RowSource<T>& source,
+void linear(Pool& pool, const XllmLinear& layer, int64_t rows, const RowSource<T>& source,
             const Epilogue& epilogue) {
   using S = typename SchemeOf<T>::type;
   const int64_t steps = (layer.k + S::kPerStep - 1) / S::kPerStep;
   const int64_t k_blocks = (steps + kBlockSteps - 1) / kBlockSteps;
   const int64_t panels = num_panels(layer.n, layer.gated);
-  const Split plan = split(rows, panels, steps * NR * 4, team.size());
+  const Split plan = split(rows, panels, steps * NR * 4, pool.size());
   const int64_t block_rows = (rows + plan.blocks - 1) / plan.blocks;
 
   // Scratch: accumulators of every group, one normed row, rows as cells.
   const int64_t c_bytes = num_groups(block_rows) * MR_MAX * NR * 4;
   const int64_t row_bytes = round_up(layer.k * sizeof(T), 64);
-  char* memory = static_cast<char*>(
-      team.scratch(c_bytes + row_bytes + k_blocks * block_rows * kStride<S> * 4));
-  float* c = reinterpret_cast<float*>(memory);
-  T* row = reinterpret_cast<T*>(memory + c_bytes);
-  uint32_t* cells = reinterpret_cast<uint32_t*>(memory + c_bytes + row_bytes);
+  const int64_t cells_bytes = k_blocks * block_rows * kStride<S> * 4;
 
-  int64_t filled = -1;  // the block of rows that `cells` holds
-  team.parallel_for(plan.blocks * plan.parts, [&](int64_t item) {
-    const int64_t block = item / plan.parts, part = item % plan.parts;
-    const int64_t begin = rows * block / plan.blocks, end = rows * (block + 1) / plan.blocks;
-    const int64_t count = end - begin, groups = num_groups(count);
-    if (count == 0) return;
-    if (block != filled) fill<S>(source, begin, end, layer.k, row, cells);
-    filled = block;
+  pool.parallel(plan.blocks * plan.parts, [&](Worker& worker) {
+    char* memory = static_cast<char*>(worker.scratch(c_bytes + row_bytes + cells_bytes));
+    float* c = reinterpret_cast<float*>(memory);
+    T* row = reinterpret_cast<T*>(memory + c_bytes);
+    uint32_t* cells = reinterpret_cast<uint32_t*>(memory + c_bytes + row_bytes);
+    int64_t filled = -1;  // the block of rows that `cells` holds
 
-    for (int64_t panel = panels * part / plan.parts; panel < panels * (part + 1) / plan.parts;
-         ++panel) {
-      const uint32_t* w = static_cast<const uint32_t*>(layer.packed) + panel * steps * NR;
-      for (int64_t kb = 0; kb < k_blocks; ++kb) {
-        const int64_t s0 = kb * kBlockSteps, n_steps = std::min(kBlockSteps, steps - s0);
-        for (int64_t g = 0; g < groups; ++g) {
-          const int64_t r0 = group_begin(count, groups, g), r1 = group_begin(count, groups, g + 1);
-          float* sums = c + (k_blocks > 1 ? g : 0) * MR_MAX * NR;
-          MicroTable<S, kStride<S>>::table[r1 - r0 - 1](
-              cells + (kb * count + r0) * kStride<S>, w + s0 * NR, n_steps, sums, kb > 0,
-              w + s0 * NR + kPrefetchCells);
-          if (kb == k_blocks - 1) finish<T>(layer, epilogue, panel, sums, begin + r0, r1 - r0);
+    worker.each([&](int64_t item) {
+      const int64_t block = item / plan.parts, part = item % plan.parts;
+      const int64_t begin = rows * block / plan.blocks, end = rows * (block + 1) / plan.blocks;
+      if (begin == end) return;
+      if (block != filled) fill<S>(source, begin, end, layer.k, row, cells);
+      filled = block;
+      const int64_t count = end - begin, groups = num_groups(count);
+      for (int64_t panel = panels * part / plan.parts; panel < panels * (part + 1) / plan.parts;
+           ++panel) {
+        const uint32_t* w = static_cast<const uint32_t*>(layer.packed) + panel * steps * NR;
+        for (int64_t kb = 0; kb < k_blocks; ++kb) {
+          const int64_t s0 = kb * kBlockSteps, n_steps = std::min(kBlockSteps, steps - s0);
+          // A single group fetches a little ahead of itself; several share the next piece of w.
+          const char* here = reinterpret_cast<const char*>(w + s0 * NR);
+          const int64_t piece = n_steps * NR * 4;
+          const int64_t fetch_stride = NR * 4 / groups;
+          const char* fetch = groups == 1 ? here + kFetchAhead : here + piece;
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t r0 = group_begin(count, groups, g);
+            const int64_t group_rows = group_begin(count, groups, g + 1) - r0;
+            float* sums = c + (k_blocks > 1 ? g : 0) * MR_MAX * NR;
+            MicroTable<S, kStride<S>>::table[group_rows - 1](
+                cells + (kb * count + r0) * kStride<S>, w + s0 * NR, n_steps, sums, kb > 0,
+                fetch + g * n_steps * fetch_stride, fetch_stride);
+            if (kb == k_blocks - 1) finish<T>(layer, epilogue, panel, sums, begin + r0, group_rows);
+          }
         }
       }
-    }
+    });
   });
 }
 
@@ -225,8 +233,8 @@ void unpack_row(const XllmLinear& layer, int64_t n, float* out) {
 }
 
 #define XLLM_INSTANTIATE(T)                                                                      \
-  template void pack<T>(Team&, void*, const T*, int64_t, int64_t, int64_t, bool);                \
-  template void linear<T>(Team&, const XllmLinear&, int64_t, const RowSource<T>&,                \
+  template void pack<T>(Pool&, void*, const T*, int64_t, int64_t, int64_t, bool);                \
+  template void linear<T>(Pool&, const XllmLinear&, int64_t, const RowSource<T>&,                \
                           const Epilogue&);                                                      \
   template void unpack_row<T>(const XllmLinear&, int64_t, float*);
 XLLM_INSTANTIATE(float)

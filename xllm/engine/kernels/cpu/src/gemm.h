@@ -49,12 +49,12 @@ struct Epilogue {
 int64_t packed_bytes(int64_t n, int64_t k, bool gated, int32_t dtype);
 
 template <class T>
-void pack(Team& team, void* packed, const T* weight, int64_t stride, int64_t n, int64_t k,
+void pack(Pool& pool, void* packed, const T* weight, int64_t stride, int64_t n, int64_t k,
           bool gated);
 
-// Called by every thread of the team; ends in a barrier.
+// Within pool.run().
 template <class T>
-void linear(Team& team, const XllmLinear& layer, int64_t rows, const RowSource<T>& source,
+void linear(Pool& pool, const XllmLinear& layer, int64_t rows, const RowSource<T>& source,
             const Epilogue& epilogue);
 
 // Row n of packed (not gated) weights [N, k], as float32.

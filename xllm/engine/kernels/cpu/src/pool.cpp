@@ -31,57 +31,56 @@ void grow(char** data, size_t* size, size_t bytes) {
 }  // namespace
 
 Pool::Pool(int num_threads) : num_threads_(num_threads), slots_(num_threads) {
-  for (int rank = 1; rank < num_threads_; ++rank) threads_.emplace_back(&Pool::work, this, rank);
+  for (int rank = 1; rank < num_threads_; ++rank) threads_.emplace_back(&Pool::help, this, rank);
 }
 
 Pool::~Pool() {
-  stopping_.store(true);
-  epoch_.fetch_add(1);
-  epoch_.notify_all();
+  stopping_.store(true, std::memory_order_relaxed);
+  opened_.fetch_add(1, std::memory_order_release);
+  opened_.notify_all();
   for (std::thread& thread : threads_) thread.join();
   for (Slot& slot : slots_) free_pages(slot.scratch, slot.scratch_bytes);
   free_pages(workspace_, workspace_bytes_);
 }
 
-void Pool::run(Job job, void* context) {
-  std::lock_guard<std::mutex> lock(one_job_);
-  job_ = job;
+void Pool::open(Body body, void* context, int64_t n, Order order) {
+  body_ = body;
   context_ = context;
-  if (num_threads_ > 1) {
-    epoch_.fetch_add(1, std::memory_order_release);
-    epoch_.notify_all();
-  }
-  Team team(*this, 0);
-  job(team, context);
-  barrier();
+  items_ = n;
+  ranges_ = order == Order::kRanges ? num_threads_ : 1;
+  for (Slot& slot : slots_) slot.next.store(0, std::memory_order_relaxed);
+  if (num_threads_ == 1 || n == 1) return;
+  gate_.fetch_or(kOpen, std::memory_order_release);
+  opened_.fetch_add(1, std::memory_order_release);
+  opened_.notify_all();
 }
 
-void Pool::work(int rank) {
+void Pool::close() {
+  gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
+  for (int i = 0; gate_.load(std::memory_order_acquire) != 0; ++i) {
+    if (i < kSpins)
+      pause();
+    else
+      std::this_thread::yield();  // a helper inside has lost its core
+  }
+}
+
+void Pool::help(int rank) {
+  Worker self(*this, rank);
   uint32_t seen = 0;
   for (;;) {
-    epoch_.wait(seen, std::memory_order_acquire);
-    ++seen;  // run() starts no job before the barrier below, so none can be missed
-    if (stopping_.load()) return;
-    Team team(*this, rank);
-    job_(team, context_);
-    barrier();
+    uint32_t now;
+    for (int i = 0; (now = opened_.load(std::memory_order_acquire)) == seen; ++i) {
+      if (i < kSpins && busy_.load(std::memory_order_relaxed))
+        pause();
+      else
+        opened_.wait(seen, std::memory_order_acquire);
+    }
+    seen = now;
+    if (stopping_.load(std::memory_order_relaxed)) return;
+    if (gate_.fetch_add(1, std::memory_order_acq_rel) & kOpen) body_(context_, self);
+    gate_.fetch_sub(1, std::memory_order_release);
   }
-}
-
-void Pool::barrier() {
-  const uint32_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
-    for (Slot& slot : slots_) slot.next.store(0, std::memory_order_relaxed);
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    if (num_threads_ > 1) generation_.notify_all();
-    return;
-  }
-  for (int i = 0; i < kSpins; ++i) {
-    if (generation_.load(std::memory_order_acquire) != generation) return;
-    pause();
-  }
-  generation_.wait(generation, std::memory_order_acquire);
 }
 
 void* Pool::workspace(size_t bytes) {
@@ -89,7 +88,7 @@ void* Pool::workspace(size_t bytes) {
   return workspace_;
 }
 
-void* Team::scratch(size_t bytes) {
+void* Worker::scratch(size_t bytes) {
   Pool::Slot& slot = pool_.slots_[rank_];
   grow(&slot.scratch, &slot.scratch_bytes, bytes);
   return slot.scratch;

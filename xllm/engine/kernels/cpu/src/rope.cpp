@@ -6,12 +6,12 @@
 namespace xllm {
 
 template <class T>
-void rope_and_write(Team& team, const XllmAttention& shape, const XllmBatch& batch, T* qkv,
+void rope_and_write(Pool& pool, const XllmAttention& shape, const XllmBatch& batch, T* qkv,
                     int64_t qkv_stride, const XllmKvLayer& kv) {
   const int64_t d = shape.head_dim;
   const int64_t heads = shape.num_heads, kv_heads = shape.num_kv_heads;
   constexpr int64_t kTokens = 8;  // an item of work
-  team.parallel_for((batch.num_tokens + kTokens - 1) / kTokens, [&](int64_t item) {
+  pool.for_each((batch.num_tokens + kTokens - 1) / kTokens, [&](int64_t item) {
     const int64_t end = std::min(batch.num_tokens, (item + 1) * kTokens);
     for (int64_t token = item * kTokens; token < end; ++token) {
       T* row = qkv + token * qkv_stride;
@@ -35,9 +35,9 @@ void rope_and_write(Team& team, const XllmAttention& shape, const XllmBatch& bat
   });
 }
 
-template void rope_and_write<float>(Team&, const XllmAttention&, const XllmBatch&, float*, int64_t,
+template void rope_and_write<float>(Pool&, const XllmAttention&, const XllmBatch&, float*, int64_t,
                                     const XllmKvLayer&);
-template void rope_and_write<bf16>(Team&, const XllmAttention&, const XllmBatch&, bf16*, int64_t,
+template void rope_and_write<bf16>(Pool&, const XllmAttention&, const XllmBatch&, bf16*, int64_t,
                                    const XllmKvLayer&);
 
 }  // namespace xllm

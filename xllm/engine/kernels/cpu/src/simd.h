@@ -104,7 +104,12 @@ inline void from_float(float x, bf16* out) {
 }
 
 inline vu load_u16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vu>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
   return __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu);
+#endif
 }
 
 inline vf load(const bf16* p) {

@@ -69,12 +69,8 @@ def _parse(text: str) -> Endpoint:
     return Endpoint(host, int(port), tls=scheme == "https")
 
 
-async def open_channel(endpoint: Endpoint, timeout_s: float) -> grpc.aio.Channel:
-    """A channel to the address that the endpoint's name has now; it connects when it is used.
-
-    Raises: EtcdUnavailable if the name cannot be resolved in time.
-    """
-    target = await _resolve(endpoint, timeout_s)
+def open_channel(endpoint: Endpoint, target: str) -> grpc.aio.Channel:
+    """A channel to `target`, an address of the endpoint; it connects when it is used."""
     options: list[tuple[str, int | str]] = list(_OPTIONS)
     if not endpoint.tls:
         return grpc.aio.insecure_channel(target, options=options)
@@ -82,7 +78,11 @@ async def open_channel(endpoint: Endpoint, timeout_s: float) -> grpc.aio.Channel
     return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=options)
 
 
-async def _resolve(endpoint: Endpoint, timeout_s: float) -> str:
+async def resolve(endpoint: Endpoint, timeout_s: float) -> str:
+    """The address that the endpoint's name has now, as gRPC spells it.
+
+    Raises: EtcdUnavailable if the name cannot be resolved in time.
+    """
     if endpoint.host == "localhost":
         return f"ipv4:127.0.0.1:{endpoint.port}"
     try:

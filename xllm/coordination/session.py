@@ -31,7 +31,7 @@ from xllm.coordination.records import (
     CompareCreateRevision,
     CompareLease,
     CompareModRevision,
-    Get,
+    Delete,
     KeyValue,
     Op,
     Put,
@@ -76,7 +76,7 @@ class Session:
     ) -> None:
         """`ttl_s` is rounded up to whole seconds; etcd may raise it further."""
         self.client = client
-        self.ttl_s: float = math.ceil(ttl_s)
+        self.ttl_s = math.ceil(ttl_s)
         self._clock = clock
         self._epoch = _new_epoch()
         self._granted = False
@@ -125,15 +125,18 @@ class Session:
     async def update(self, key: str, value: Value) -> None:
         """A new value for a registered key; without etcd, it is written when etcd is back.
 
-        Raises: RequestTooLarge.
+        Raises: Fenced, RequestTooLarge.
         """
         registration = self._registrations[key]
         registration.value = value
         registration.written = None
         try:
-            await self._write(registration)
+            written = await self._write(registration)
         except EtcdUnavailable as error:
             log.debug("etcd_update_postponed key=%s error=%s", key, error)
+            written = False
+        if not written:
+            self._wake.set()
 
     async def unregister(self, key: str) -> None:
         """The key is no longer kept and is deleted, if it is ours.
@@ -142,7 +145,7 @@ class Session:
         """
         del self._registrations[key]
         async with self._writing:
-            await self.client.delete(key)
+            await self.client.txn([CompareLease(key, self._epoch)], [Delete(key)])
 
     async def fenced_put(self, key: str, value: bytes) -> bool:
         """Puts a key under the lease, unless this epoch is over: then False.
@@ -173,11 +176,9 @@ class Session:
         while not self._closed:
             self._wake.clear()
             delay_s = await self._tick()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._wake.wait()
-            except TimeoutError:
-                pass
 
     async def close(self) -> None:
         """Revokes the lease, which deletes its keys. Idempotent; never raises for etcd."""
@@ -206,11 +207,13 @@ class Session:
             for registration in list(self._registrations.values()):
                 if registration.written != self._epoch:
                     pending |= not await self._write(registration)
-            if not self._granted:
+            if not self._granted and not self._closed:
                 async with self._writing:
                     await self._grant()
             return POLL_S if pending else self.ttl_s / 3
         except EtcdUnavailable as error:
+            if self._closed:
+                return 0.0
             log.info(
                 "etcd_session_waits epoch=%x alive=%s error=%s", self._epoch, self.alive, error
             )
@@ -233,12 +236,12 @@ class Session:
         self._epoch = _new_epoch()
 
     async def _grant(self) -> None:
-        if self._granted or self._closed:
+        if self._granted:
             return
         sent_at = self._clock()
         # Such a lease is ours, from an attempt whose answer was lost: 63 bits do not collide.
         with contextlib.suppress(LeaseExists):
-            self.ttl_s = await self.client.grant(self._epoch, math.ceil(self.ttl_s))
+            self.ttl_s = await self.client.grant(self._epoch, self.ttl_s)
         self._granted = True
         self._alive_until = sent_at + self.ttl_s
         log.info("etcd_lease_granted epoch=%x ttl_s=%g", self._epoch, self.ttl_s)
@@ -252,6 +255,8 @@ class Session:
         Raises: Fenced, EtcdUnavailable, RequestTooLarge.
         """
         async with self._writing:
+            if self._closed:
+                raise EtcdUnavailable("the session is closed")
             await self._grant()
             epoch, value = self._epoch, registration.value
             if registration.written == epoch:
@@ -289,7 +294,7 @@ class Session:
         else:
             await self._wait_for(registration, holder)
             return False
-        result = await self.client.txn([compare], [put], [Get(key)])
+        result = await self.client.txn([compare], [put])
         return result.succeeded
 
     async def _wait_for(self, registration: _Registration, holder: KeyValue) -> None:

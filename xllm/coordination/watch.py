@@ -20,17 +20,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 from etcd3aio import _protobuf as pb
 
+from xllm.coordination import wire
 from xllm.coordination.client import EtcdClient
-from xllm.coordination.errors import Compacted, EtcdRefused, from_message
+from xllm.coordination.errors import Compacted, EtcdRefused
 from xllm.coordination.records import (
-    DELETE,
     PUT,
     Change,
-    KeyValue,
     Snapshot,
     prefix_end,
 )
@@ -38,10 +38,10 @@ from xllm.errors import EtcdUnavailable
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 2.0
+HEARTBEAT_S = 1.0
 """Silence after which a progress request is sent."""
 
-SILENCE_S = 5.0
+SILENCE_S = 4.0
 """Silence after which the member counts as frozen."""
 
 RECONNECT_DELAY_S = 0.2
@@ -69,7 +69,9 @@ class _History:
     def take_new(self, events: Sequence[Any]) -> list[Change]:
         """The changes among the events that were not delivered yet, which now are."""
         changes = [
-            change for event in events if (change := _change(event)).kv.mod_revision > self.revision
+            change
+            for event in events
+            if (change := wire.change(event)).kv.mod_revision > self.revision
         ]
         for change in changes:
             self.revision = change.kv.mod_revision
@@ -107,8 +109,9 @@ async def watch_prefix(client: EtcdClient, prefix: str) -> AsyncGenerator[WatchI
                 try:
                     if not fresh:
                         await history.check(client)
-                    async for changes in _stream(client, prefix, history):
-                        yield changes
+                    async with aclosing(_stream(client, prefix, history)) as stream:
+                        async for changes in stream:
+                            yield changes
                 except EtcdUnavailable as error:
                     log.info("etcd_watch_interrupted prefix=%s error=%s", prefix, error)
                     await asyncio.sleep(RECONNECT_DELAY_S)
@@ -145,19 +148,19 @@ async def _stream(
         async with asyncio.timeout(client.timeout_s):
             await call.write(pb.WatchRequest(create_request=create))
         fragments: list[Any] = []
-        async for response in _responses(call):
-            if response.compact_revision:
-                raise Compacted(f"revisions up to {response.compact_revision} are gone")
-            if response.canceled:
-                named = from_message(response.cancel_reason)
-                raise named or EtcdUnavailable(f"watch refused: {response.cancel_reason}")
-            fragments.extend(response.events)
-            if response.fragment:
-                continue
-            changes = history.take_new(fragments)
-            fragments = []
-            if changes:
-                yield changes
+        async with aclosing(_responses(call)) as responses:
+            async for response in responses:
+                if response.compact_revision:
+                    raise Compacted(f"revisions up to {response.compact_revision} are gone")
+                if response.canceled:
+                    raise EtcdUnavailable(f"watch refused: {response.cancel_reason}")
+                fragments.extend(response.events)
+                if response.fragment:
+                    continue
+                changes = history.take_new(fragments)
+                fragments = []
+                if changes:
+                    yield changes
 
 
 async def _responses(call: Any) -> AsyncGenerator[Any, None]:
@@ -192,14 +195,9 @@ async def _responses(call: Any) -> AsyncGenerator[Any, None]:
     finally:
         if reading is not None:
             reading.cancel()
+            reading.add_done_callback(_ignore_outcome)
 
 
-def _change(event: Any) -> Change:
-    kv = KeyValue(
-        event.kv.key.decode(),
-        event.kv.value,
-        event.kv.create_revision,
-        event.kv.mod_revision,
-        event.kv.lease,
-    )
-    return Change(DELETE if event.type == event.DELETE else PUT, kv)
+def _ignore_outcome(reading: asyncio.Task[Any]) -> None:
+    if not reading.cancelled():
+        reading.exception()

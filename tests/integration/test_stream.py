@@ -27,6 +27,7 @@ from xllm.protocol import (
     Watermark,
     WorkerId,
     WorkerInfo,
+    WorkerLoad,
 )
 from xllm.roles import frames
 from xllm.roles.stream import StreamLimits
@@ -345,8 +346,8 @@ async def test_load_reports_are_completed_with_what_they_do_not_know(cluster: Cl
     stream.submit(make_request("short", 1))
     stream.submit(make_request("long", 9))
     await until(lambda: len(cluster.engine.running) == 2)
-    report = cluster.server.watermarks()["a"]
-    assert report == Watermark(stream.session, 2, 0)
+    report = WorkerLoad(epoch=Epoch(7), watermarks=cluster.server.watermarks())
+    assert report.watermarks == {"a": Watermark(stream.session, 2, 0)}
     assert stream.unreported(report) == 0
     stream.submit(make_request("new"))
     assert stream.unreported(report) == 1
@@ -354,7 +355,8 @@ async def test_load_reports_are_completed_with_what_they_do_not_know(cluster: Cl
     cluster.engine.step()
     await until(lambda: stream.num_ended == 1)
     assert stream.unreported(report) == 0
-    assert stream.unreported(Watermark(stream.session + 1, 50, 50)) == 2
+    of_another = WorkerLoad(epoch=Epoch(7), watermarks={"a": Watermark(stream.session + 1, 9, 9)})
+    assert stream.unreported(of_another) == 2
 
 
 async def test_silence_makes_suspect_and_then_lost(cluster: Cluster) -> None:

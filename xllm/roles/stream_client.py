@@ -28,9 +28,9 @@ from xllm.protocol import (
     MasterId,
     TokenDelta,
     TokenizerFiles,
-    Watermark,
     WorkerId,
     WorkerInfo,
+    WorkerLoad,
 )
 from xllm.roles import frames
 from xllm.roles.stream import FrameProtocol, StreamLimits
@@ -84,9 +84,10 @@ class WorkerStream:
     def num_requests(self) -> int:
         return self.num_sent - self.num_ended
 
-    def unreported(self, watermark: Watermark | None) -> int:
-        """How many requests more than at `watermark` this master has running on the worker."""
+    def unreported(self, load: WorkerLoad | None) -> int:
+        """How many of this master's requests run on the worker beyond those in its report."""
         received = ended = 0
+        watermark = load.watermarks.get(self.master_id) if load is not None else None
         if watermark is not None and watermark.session == self.session:
             received, ended = watermark.received, watermark.ended
         return max(0, self.num_sent - received) - max(0, self.num_ended - ended)

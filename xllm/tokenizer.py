@@ -149,7 +149,7 @@ class Tokenizer:
         text: str = self._core.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], /, **kwargs: Any) -> str:
         """Renders a conversation; `add_generation_prompt=True` is up to the caller.
 
         Raises: InvalidRequest if there is no template or it refuses the messages.
@@ -164,17 +164,13 @@ class Tokenizer:
         """
         return self._pieces[token_id]
 
-    def token_text(self, token_id: int) -> str:
-        """`token_bytes` for people: what is not UTF-8 becomes U+FFFD."""
-        return self._pieces[token_id].decode(errors="replace")
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._pieces.special_ids
-
-    @property
-    def starts_with_space(self) -> bool:
-        """Whether a text's first token carries a space that is not part of the text."""
-        return self._pieces.starts_with_space
+    def token_name(self, token_id: int) -> str:
+        """A token's text; bytes that are not UTF-8 by themselves are spelled, as OpenAI does."""
+        raw = self._pieces[token_id]
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def _find_eos(self, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
         ids = generation_config.get("eos_token_id")

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -41,18 +42,23 @@ _GOLDEN64 = 0x9E3779B97F4A7C15
 
 
 class TokenHistory:
-    """How often each token occurred in one sample, for its penalties. Whoever owns the sample
-    appends what is drawn."""
+    """The distinct tokens of one sample and how often each was drawn, for its penalties. Whoever
+    owns the sample appends what is drawn."""
 
-    __slots__ = ("_in_prompt", "_output_counts")
+    __slots__ = ("_counts", "_entries", "_ids")
 
     def __init__(
         self, vocab_size: int, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()
     ) -> None:
-        self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
-        self._in_prompt[torch.tensor(prompt_ids, dtype=torch.int64)] = True
-        output = torch.tensor(output_ids, dtype=torch.int64)
-        self._output_counts = torch.bincount(output, minlength=vocab_size).float()
+        distinct = sorted(set(prompt_ids))
+        capacity = min(vocab_size, len(distinct) + 256)
+        self._ids = np.zeros(capacity, np.int64)
+        self._ids[: len(distinct)] = distinct
+        self._counts = np.zeros(capacity, np.float32)
+        """Of the token in `_ids` with the same index: 0 if only the prompt has it."""
+        self._entries = {token_id: entry for entry, token_id in enumerate(distinct)}
+        for token_id in output_ids:
+            self.append(token_id)
 
     @staticmethod
     def is_needed(params: SamplingParams) -> bool:
@@ -63,7 +69,12 @@ class TokenHistory:
         )
 
     def append(self, token_id: int) -> None:
-        self._output_counts[token_id] += 1
+        entry = self._entries.setdefault(token_id, len(self._entries))
+        if entry == len(self._ids):
+            self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+            self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+        self._ids[entry] = token_id
+        self._counts[entry] += 1
 
     def penalize(self, logits: torch.Tensor, params: SamplingParams) -> None:
         """Changes one row [V] in place.
@@ -71,16 +82,15 @@ class TokenHistory:
         Presence and frequency penalties see the output, as OpenAI defines them; the repetition
         penalty sees the prompt too, as its paper (arXiv:1909.05858) and `transformers` do.
         """
-        counts = self._output_counts.to(logits.device)
-        if params.repetition_penalty != 1.0:
-            seen = self._in_prompt.to(logits.device) | (counts > 0)
-            factor = params.repetition_penalty
-            penalized = torch.where(logits > 0, logits / factor, logits * factor)
-            logits.copy_(torch.where(seen, penalized, logits))
-        if params.frequency_penalty != 0.0:
-            logits.sub_(counts, alpha=params.frequency_penalty)
-        if params.presence_penalty != 0.0:
-            logits.sub_((counts > 0).to(logits.dtype), alpha=params.presence_penalty)
+        size = len(self._entries)
+        ids = torch.from_numpy(self._ids[:size]).to(logits.device)
+        counts = torch.from_numpy(self._counts[:size]).to(logits.device)
+        values = logits[ids]
+        factor = params.repetition_penalty
+        values = torch.where(values > 0, values / factor, values * factor)
+        values -= params.frequency_penalty * counts
+        values -= params.presence_penalty * (counts > 0)
+        logits[ids] = values
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +230,9 @@ def _draw(logits: torch.Tensor, entries: list[Draw]) -> list[int]:
     probs = F.pad(probs, (0, -vocab_size % _CHUNK)) if vocab_size % _CHUNK else probs
     _drop_min_p(probs, [p.min_p for p in params])
     _drop_top_k(probs, [p.top_k for p in params], vocab_size)
-    is_cut = [p.top_p < 1.0 for p in params]
-    # Not below the smallest normal number, so that the most probable token is always inside.
-    limits = [max(p.top_p, 1e-30) for p in params]
-    masses = probs.sum(dim=1).tolist() if any(is_cut) else []
-
+    cdf = _ChunkedCdf(probs)
+    # Not below a tiny share, so that the most probable token is always inside.
+    limits = [max(p.top_p, 1e-30) * mass for p, mass in zip(params, cdf.masses(), strict=True)]
     token_ids = [0] * len(entries)
     pending = list(range(len(entries)))
     attempt = 0
@@ -233,17 +241,16 @@ def _draw(logits: torch.Tensor, entries: list[Draw]) -> list[int]:
             uniform(params[row].seed, entries[row].index, entries[row].position, attempt)
             for row in pending
         ]
-        attempt += 1
-        candidates = _invert_cdf(_select(probs, pending), uniforms)
         rejected: list[int] = []
-        for row, token_id in zip(pending, candidates, strict=True):
+        for row, token_id in zip(pending, cdf.invert(pending, uniforms), strict=True):
             token_ids[row] = token_id
-            if is_cut[row]:
+            if params[row].top_p < 1.0:
                 likelier = F.threshold(probs[row], float(probs[row, token_id]), 0.0)
-                if float(likelier.sum()) >= limits[row] * masses[row]:
-                    probs[row] = likelier
+                if float(likelier.sum()) >= limits[row]:
+                    cdf.replace_row(row, likelier)
                     rejected.append(row)
         pending = rejected
+        attempt += 1
     return token_ids
 
 
@@ -264,27 +271,42 @@ def _drop_top_k(probs: torch.Tensor, top_ks: list[int], vocab_size: int) -> None
     probs.masked_fill_(probs < floors.unsqueeze(1), 0.0)
 
 
-def _invert_cdf(probs: torch.Tensor, uniforms: list[float]) -> list[int]:
-    """Per row of [r, V], V a multiple of the chunk, the token at which the cumulative sum passes
-    the uniform's share of the whole. Never one of probability zero."""
-    num_rows = probs.shape[0]
-    chunks = probs.view(num_rows, -1, _CHUNK)
-    shares = torch.tensor(uniforms, dtype=torch.float64, device=probs.device).unsqueeze(1)
-    ends = chunks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
-    total = ends[:, -1:].contiguous()
-    targets = shares * total
-    chunk = torch.searchsorted(ends, targets, right=True)
-    chunk = torch.minimum(chunk, torch.searchsorted(ends, total))
-    row = torch.arange(num_rows, device=probs.device)
-    inside = chunks[row, chunk.squeeze(1)]
-    inner_ends = inside.cumsum(dim=1, dtype=torch.float64)
-    inner_total = inner_ends[:, -1:].contiguous()
-    before = ends.gather(1, chunk) - inner_total
-    # Rounding may leave a target just outside its chunk: then the chunk's last token with mass.
-    offset = torch.searchsorted(inner_ends, targets - before, right=True)
-    offset = torch.minimum(offset, torch.searchsorted(inner_ends, inner_total))
-    token_ids: list[int] = (chunk * _CHUNK + offset).squeeze(1).tolist()
-    return token_ids
+class _ChunkedCdf:
+    """Inverts the cumulative sums of rows probs [r, V], V a multiple of the chunk, in two steps:
+    over the sums of chunks, then within one chunk. Shares memory with `probs`."""
+
+    def __init__(self, probs: torch.Tensor) -> None:
+        self._chunks = probs.view(probs.shape[0], -1, _CHUNK)
+        self._sums = self._chunks.sum(dim=2)
+
+    def masses(self) -> list[float]:
+        masses: list[float] = self._sums.sum(dim=1).tolist()
+        return masses
+
+    def replace_row(self, row: int, probs: torch.Tensor) -> None:
+        self._chunks[row] = probs.view(-1, _CHUNK)
+        self._sums[row] = self._chunks[row].sum(dim=1)
+
+    def invert(self, rows: list[int], uniforms: list[float]) -> list[int]:
+        """Per row, the token where its cumulative sum passes the uniform's share of the whole.
+        Never one of probability zero."""
+        device = self._chunks.device
+        at = torch.tensor(rows, device=device)
+        shares = torch.tensor(uniforms, dtype=torch.float64, device=device).unsqueeze(1)
+        ends = self._sums[at].cumsum(dim=1, dtype=torch.float64)
+        targets = shares * ends[:, -1:]
+        chunk = _first_beyond(ends, targets)
+        inner_ends = self._chunks[at, chunk.squeeze(1)].cumsum(dim=1, dtype=torch.float64)
+        before = ends.gather(1, chunk) - inner_ends[:, -1:]
+        token_ids = chunk * _CHUNK + _first_beyond(inner_ends, targets - before)
+        return token_ids.squeeze(1).tolist()
+
+
+def _first_beyond(ends: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The first index at which ends [r, n], ascending, is above the target [r, 1]; where rounding
+    has put the target past the end, the last index that added anything."""
+    last = torch.searchsorted(ends, ends[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(ends, targets, right=True), last)
 
 
 def _logprobs(raw: torch.Tensor, token_ids: list[int], num_tops: list[int]) -> list[TokenLogprob]:

@@ -190,12 +190,16 @@ def _refuse(error: BaseException, exit_code: int) -> int:
 
 
 def _terminate_children() -> None:
-    """For a process that ends without draining: no download, compiler or etcd goes on alone."""
+    """For a process that ends without draining: no download or compiler goes on alone.
+
+    The keeper of an embedded etcd is in a process group of its own and sees to its own end.
+    """
     import psutil
 
     for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(child.pid) == os.getpgrp():
+                child.terminate()
 
 
 def _end(exit_code: int) -> NoReturn:

@@ -129,9 +129,9 @@ def _models_dir() -> Path:
 
 def _default_model(progress: Progress) -> Path:
     folder = _models_dir() / DEFAULT_MODEL_ID
-    if _is_current(folder):
-        return folder
     try:
+        if _is_current(folder):
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{folder.name}.lock"), progress):
             if not _is_current(folder):

@@ -121,7 +121,10 @@ class Tokenizer:
         special_tokens.update(_special_tokens(config))
         source = config.get("chat_template")
         if "chat_template.jinja" in files.files:
-            source = files.files["chat_template.jinja"].decode()
+            try:
+                source = files.files["chat_template.jinja"].decode()
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"chat_template.jinja is not UTF-8: {error}") from error
         return cls(
             core,
             special_tokens=special_tokens,

@@ -38,8 +38,8 @@ class ApiModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-def _kind(value: Any) -> str | None:
-    """The tag of a text, or of a list by its first entry."""
+def _prompt_kind(value: Any) -> str | None:
+    """A list is told by its first entry."""
     if isinstance(value, str):
         return "<text>"
     if not isinstance(value, list):
@@ -47,6 +47,12 @@ def _kind(value: Any) -> str | None:
     if not value or isinstance(value[0], str):
         return "<texts>"
     return "<token_lists>" if isinstance(value[0], list) else "<tokens>"
+
+
+def _content_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<text>"
+    return "<parts>" if isinstance(value, list) else None
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -57,7 +63,7 @@ Prompt = Annotated[
     | Annotated[TokenIds, Tag("<tokens>")]
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("<token_lists>")],
     Discriminator(
-        _kind,
+        _prompt_kind,
         custom_error_type="prompt_type",
         custom_error_message="must be a string, a list of strings, token ids, or a list of those",
     ),
@@ -165,9 +171,7 @@ Content = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[list[TextPart], Field(fail_fast=True), Tag("<parts>")],
     Discriminator(
-        lambda value: (
-            "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
-        ),
+        _content_kind,
         custom_error_type="content_type",
         custom_error_message="must be a string or a list of text parts",
     ),

@@ -170,6 +170,16 @@ class EtcdClient:
                 return Snapshot(request.revision, tuple(kvs))
             request.key = response.kvs[-1].key + b"\0"
 
+    async def is_empty(self, prefix: str, *, revision: int = 0) -> bool:
+        """Whether there is, or was at `revision`, no key under `prefix`.
+
+        Raises: Compacted; EtcdRefused for a revision that is yet to come.
+        """
+        request = pb.RangeRequest(
+            key=prefix.encode(), range_end=prefix_end(prefix), revision=revision, count_only=True
+        )
+        return bool((await self._call("KV", "Range", request)).count == 0)
+
     async def put(self, key: str, value: bytes, lease_id: int = 0) -> int:
         """Returns the revision.
 
@@ -276,6 +286,7 @@ class EtcdClient:
             db_size_bytes=response.dbSize,
             db_size_in_use_bytes=response.dbSizeInUse,
             has_leader=bool(response.leader),
+            is_leader=response.leader == response.header.member_id,
             no_space=any("NOSPACE" in error for error in response.errors),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 0.5
 """For the question whether something answers already."""
+
+JOIN_TIMEOUT_S = 5.0
+"""For another master's etcd, which has the port but does not answer yet."""
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 2.0
@@ -128,7 +132,7 @@ class EmbeddedEtcd:
         try:
             await asyncio.wait((answering, ended), return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
-                raise EtcdUnavailable(f"etcd ended at once: {_last_line(ended.result())}")
+                raise EtcdUnavailable(f"etcd ended at once: {_last_words(ended.result())}")
             answering.result()
         finally:
             answering.cancel()
@@ -181,7 +185,7 @@ async def _join_or_start(client: EtcdClient) -> EmbeddedEtcd | None:
     except EtcdUnavailable as error:
         # Another master on this machine may have been quicker to take the port.
         with contextlib.suppress(EtcdUnavailable):
-            await client.connect(START_TIMEOUT_S / 4)
+            await client.connect(JOIN_TIMEOUT_S)
             log.info("etcd_joined addr=%s", DEFAULT_ETCD_ADDR)
             return None
         raise ConfigError(
@@ -221,5 +225,10 @@ def _environment() -> dict[str, str]:
     return inherited | {"ETCD_LOG_LEVEL": "warn", "ETCD_UNSAFE_NO_FSYNC": "true"}
 
 
-def _last_line(text: str) -> str:
-    return text.splitlines()[-1] if text else "it said nothing"
+def _last_words(text: str) -> str:
+    """The error in the last line of etcd's log, which is JSON."""
+    line = text.splitlines()[-1] if text else "it said nothing"
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        return str(record.get("error", record.get("msg", line)))
+    return line

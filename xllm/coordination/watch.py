@@ -7,8 +7,8 @@ consumer gets a fresh Snapshot, which replaces all it knew:
 
 - the changes in between were compacted away;
 - etcd came back empty or was restored: to a watch from a revision that is yet to come, this looks
-  like silence. So before resuming, the watch makes sure that history is still the one that it
-  knows: it reads the last put that it saw, at the revision of that put (see `_History`).
+  like silence. So before each stream, the watch makes sure that history is still the one that
+  it knows: it reads the last put that it saw, at the revision of that put (see `_History`).
 
 A member is alive as long as it answers: a progress request is sent whenever the stream has been
 silent for `HEARTBEAT_S`. Its answer carries a revision that is *not* used for resuming, because
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 """Silence after which a progress request is sent."""
 
-SILENCE_S = 4.0
-"""Silence after which the member counts as frozen."""
+MAX_UNANSWERED = 2
+"""After this many progress requests and another `HEARTBEAT_S`, the member counts as frozen."""
 
 RECONNECT_DELAY_S = 0.2
 
@@ -57,12 +57,14 @@ class _History:
     """How far the consumer has come, and how to tell whether etcd has the same past.
 
     `witness` is the last put that was delivered. An etcd with the same history still has it at
-    its revision, with the same lease, which is 63 random bits.
+    its revision, with the same lease, which is 63 random bits. Without a witness nothing was ever
+    there, and any history in which nothing was there at `revision` will do.
     """
 
-    __slots__ = ("revision", "witness")
+    __slots__ = ("prefix", "revision", "witness")
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, prefix: str, snapshot: Snapshot) -> None:
+        self.prefix = prefix
         self.revision = snapshot.revision
         self.witness = max(snapshot.kvs, key=lambda kv: kv.mod_revision, default=None)
 
@@ -81,16 +83,18 @@ class _History:
 
     async def check(self, client: EtcdClient) -> None:
         """Raises: _Diverged, Compacted, EtcdUnavailable."""
-        if self.witness is None:
-            raise _Diverged("nothing was seen that could prove a common history")
+        witness = self.witness
         try:
-            found = await client.get(self.witness.key, revision=self.witness.mod_revision)
+            if witness is None:
+                same = await client.is_empty(self.prefix, revision=self.revision)
+            else:
+                same = await client.get(witness.key, revision=witness.mod_revision) == witness
         except Compacted:
             raise
         except EtcdRefused as error:  # a revision that is yet to come
             raise _Diverged(str(error)) from None
-        if found != self.witness:
-            raise _Diverged(f"{self.witness.key} is not what it was at this revision")
+        if not same:
+            raise _Diverged(f"revision {self.revision} of etcd is not the one that was seen")
 
 
 async def watch_prefix(client: EtcdClient, prefix: str) -> AsyncGenerator[WatchItem, None]:
@@ -102,20 +106,17 @@ async def watch_prefix(client: EtcdClient, prefix: str) -> AsyncGenerator[WatchI
     while True:
         snapshot = await _read_snapshot(client, prefix)
         yield snapshot
-        history = _History(snapshot)
+        history = _History(prefix, snapshot)
         try:
-            fresh = True
             while True:
                 try:
-                    if not fresh:
-                        await history.check(client)
-                    async with aclosing(_stream(client, prefix, history)) as stream:
+                    await history.check(client)
+                    async with aclosing(_stream(client, history)) as stream:
                         async for changes in stream:
                             yield changes
                 except EtcdUnavailable as error:
                     log.info("etcd_watch_interrupted prefix=%s error=%s", prefix, error)
                     await asyncio.sleep(RECONNECT_DELAY_S)
-                fresh = False
         except (_Diverged, Compacted) as error:
             log.warning("etcd_watch_resync prefix=%s reason=%s", prefix, error)
 
@@ -131,16 +132,14 @@ async def _read_snapshot(client: EtcdClient, prefix: str) -> Snapshot:
             await asyncio.sleep(RECONNECT_DELAY_S)
 
 
-async def _stream(
-    client: EtcdClient, prefix: str, history: _History
-) -> AsyncGenerator[list[Change], None]:
+async def _stream(client: EtcdClient, history: _History) -> AsyncGenerator[list[Change], None]:
     """One connection's worth of changes after `history.revision`.
 
     Raises: EtcdUnavailable when it ends, Compacted, _Diverged.
     """
     create = pb.WatchCreateRequest(
-        key=prefix.encode(),
-        range_end=prefix_end(prefix),
+        key=history.prefix.encode(),
+        range_end=prefix_end(history.prefix),
         start_revision=history.revision + 1,
         fragment=True,
     )
@@ -164,15 +163,12 @@ async def _stream(
 
 
 async def _responses(call: Any) -> AsyncGenerator[Any, None]:
-    """What the stream says, asked for signs of life.
+    """What the stream says, asked for a sign of life whenever it is silent.
 
-    Raises: EtcdUnavailable when the member is silent or ends the stream.
+    Raises: EtcdUnavailable when the member does not answer or ends the stream.
     """
     reading: asyncio.Task[Any] | None = None
-    progress = pb.WatchRequest()
-    progress.progress_request.SetInParent()
-    loop = asyncio.get_running_loop()
-    heard_at = loop.time()
+    unanswered = 0
     try:
         while True:
             if reading is None:
@@ -181,21 +177,28 @@ async def _responses(call: Any) -> AsyncGenerator[Any, None]:
             if reading.done():
                 response = reading.result()
                 reading = None
+                unanswered = 0
                 if not isinstance(response, pb.WatchResponse):  # end of the stream
                     raise EtcdUnavailable("etcd ended the watch")
                 yield response
-                heard_at = loop.time()
-            elif loop.time() - heard_at > SILENCE_S:
-                raise EtcdUnavailable(f"etcd was silent for {SILENCE_S:g} s")
+            elif unanswered == MAX_UNANSWERED:
+                raise EtcdUnavailable(f"etcd did not answer {unanswered} heartbeats of a watch")
             else:
-                async with asyncio.timeout(SILENCE_S):
-                    await call.write(progress)
+                unanswered += 1
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await call.write(_progress_request())
     except TimeoutError:
-        raise EtcdUnavailable("etcd does not read the watch stream") from None
+        raise EtcdUnavailable("etcd does not read what a watch sends") from None
     finally:
         if reading is not None:
             reading.cancel()
             reading.add_done_callback(_ignore_outcome)
+
+
+def _progress_request() -> Any:
+    request = pb.WatchRequest()
+    request.progress_request.SetInParent()
+    return request
 
 
 def _ignore_outcome(reading: asyncio.Task[Any]) -> None:

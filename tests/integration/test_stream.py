@@ -323,13 +323,16 @@ async def test_draining(cluster: Cluster) -> None:
     stream = await cluster.connect()
     running = stream.submit(make_request("running", 1))
     await until(lambda: bool(cluster.engine.running))
-    cluster.server.drain()
+    draining = asyncio.create_task(cluster.server.drain(timeout_s=5))
+    await asyncio.sleep(0)
     late = stream.submit(make_request("late"))
     with pytest.raises(NoWorker, match="draining"):
         await anext(late)
     assert stream.draining
     cluster.engine.step()
     assert await tokens_of(running) == [0]
+    async with asyncio.timeout(1):
+        await draining
     other = await cluster.connect(name="b")
     await until(lambda: other.draining)
 

@@ -107,6 +107,31 @@ async def test_compaction_during_a_cut_brings_a_fresh_snapshot(
         assert [change.kv.key for change in await take_changes(items, 1)] == ["/t/d"]
 
 
+async def test_a_quiet_prefix_is_watched_although_its_history_is_compacted(
+    client: EtcdClient,
+) -> None:
+    await client.put("/t/a", b"")
+    await client.put("/u/other", b"")
+    await client.compact(await client.put("/u/other", b""))
+    async with aclosing(watch_prefix(client, "/t/")) as items:
+        assert isinstance(await anext(items), Snapshot)
+        await client.delete("/t/a")
+        assert [change.kind for change in await take_changes(items, 1)] == [DELETE]
+
+
+async def test_a_deleted_witness_still_proves_a_common_history(
+    etcd: EtcdServer, client: EtcdClient
+) -> None:
+    async with Wire(etcd.port) as wire, watching_through(wire) as items:
+        await client.put("/t/a", b"")
+        await client.delete("/t/a")
+        await take_changes(items, 2)
+        wire.cut()
+        await client.put("/t/b", b"")
+        wire.mend()
+        assert [change.kv.key for change in await take_changes(items, 1)] == ["/t/b"]
+
+
 async def test_a_wiped_etcd_brings_a_fresh_snapshot(etcd: EtcdServer, client: EtcdClient) -> None:
     async with aclosing(watch_prefix(client, "/t/")) as items:
         await anext(items)

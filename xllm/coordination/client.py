@@ -11,10 +11,10 @@ own earlier success by what it finds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -22,7 +22,7 @@ from etcd3aio import _protobuf as pb
 
 from xllm.coordination import wire
 from xllm.coordination.endpoints import Endpoint, open_channel, parse_endpoints, resolve
-from xllm.coordination.errors import EtcdNoSpace, RequestTooLarge, from_grpc
+from xllm.coordination.errors import Compacted, EtcdNoSpace, RequestTooLarge, from_grpc
 from xllm.coordination.records import (
     Compare,
     EtcdStatus,
@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 MAX_REQUEST_BYTES = 3 << 19
 """1.5 MiB: etcd's default for one request, with all the puts of a txn."""
 
-PAGE_KEYS = 256
-"""Keys per page of a range read."""
+PAGE_KEYS = 40
+"""Per page of a range read: so many of the largest requests fit one response."""
 
 RETRY_DELAY_S = 0.1
 """Pause after every endpoint has failed once."""
@@ -157,6 +157,11 @@ class EtcdClient:
 
     async def range(self, prefix: str) -> Snapshot:
         """All keys under `prefix` at one revision, read a page at a time."""
+        while True:
+            with contextlib.suppress(Compacted):  # between two pages: start over
+                return await self._range_once(prefix)
+
+    async def _range_once(self, prefix: str) -> Snapshot:
         kvs: list[KeyValue] = []
         request = pb.RangeRequest(
             key=prefix.encode(), range_end=prefix_end(prefix), limit=PAGE_KEYS
@@ -297,7 +302,7 @@ class EtcdClient:
 
     # Calls
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def watch_call(self) -> AsyncIterator[Any]:
         """An open Watch stream on the current member, cancelled on leaving the block.
 

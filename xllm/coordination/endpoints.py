@@ -15,8 +15,8 @@ import grpc
 
 from xllm.errors import ConfigError, EtcdUnavailable
 
-MAX_RESPONSE_BYTES = 32 << 20
-"""gRPC's default of 4 MiB is less than a page of keys or a batch of watch events may take."""
+MAX_RESPONSE_BYTES = 64 << 20
+"""A page of keys (see `client.PAGE_KEYS`); gRPC's default of 4 MiB holds two large ones."""
 
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),

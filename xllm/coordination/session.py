@@ -54,12 +54,14 @@ POLL_S = 0.25
 class _Registration:
     """A key that is to be there, and the epoch under which its present value was written."""
 
-    __slots__ = ("exclusive", "held_since", "key", "value", "written")
+    __slots__ = ("exclusive", "held_since", "key", "settled", "value", "written")
 
     def __init__(self, key: str, value: Value, exclusive: bool) -> None:
         self.key = key
         self.value = value
         self.exclusive = exclusive
+        self.settled = False
+        """It was there once; before, `register` is at it and reports what becomes of it."""
         self.written: Epoch | None = None
         self.held_since: tuple[int, float] | None = None
         """The foreign lease in our way, and when it was first seen."""
@@ -115,6 +117,7 @@ class Session:
         try:
             while True:
                 if await self._write(registration):
+                    registration.settled = True
                     return
                 await asyncio.sleep(POLL_S)
         except BaseException:
@@ -205,7 +208,7 @@ class Session:
                 await self._keep_alive()
             pending = False
             for registration in list(self._registrations.values()):
-                if registration.written != self._epoch:
+                if registration.settled and registration.written != self._epoch:
                     pending |= not await self._write(registration)
             if not self._granted and not self._closed:
                 async with self._writing:
@@ -220,16 +223,17 @@ class Session:
             return min(POLL_S, self.ttl_s / 10)
 
     async def _keep_alive(self) -> None:
-        sent_at = self._clock()
-        left_s = await self.client.keep_alive(
-            self._epoch, attempt_s=self.ttl_s / 4, timeout_s=self.ttl_s
-        )
-        if left_s > 0:
+        epoch, sent_at = self._epoch, self._clock()
+        left_s = await self.client.keep_alive(epoch, attempt_s=self.ttl_s / 4, timeout_s=self.ttl_s)
+        if left_s == 0:
+            self._end_epoch(epoch)
+        elif epoch == self._epoch:
             self._alive_until = sent_at + left_s
-        else:
-            self._end_epoch()
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, epoch: Epoch) -> None:
+        """The lease is gone, as one of several calls under way is the first to find out."""
+        if epoch != self._epoch or self._closed:
+            return
         log.warning("etcd_lease_lost epoch=%x", self._epoch)
         self._past_epochs.add(self._epoch)
         self._granted = False
@@ -271,8 +275,7 @@ class Session:
                     await self.client.put(put.key, put.value, put.lease_id)
                     done = True
             except LeaseNotFound:
-                if epoch == self._epoch:
-                    self._end_epoch()
+                self._end_epoch(epoch)
                 return False
             if done and registration.value is value:
                 registration.written = epoch

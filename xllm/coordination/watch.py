@@ -8,7 +8,7 @@ consumer gets a fresh Snapshot, which replaces all it knew:
 - the changes in between were compacted away;
 - etcd came back empty or was restored: to a watch from a revision that is yet to come, this looks
   like silence. So before each stream, the watch makes sure that history is still the one that
-  it knows: it reads the last put that it saw, at the revision of that put (see `_History`).
+  it knows: it looks for the last put that it saw (see `_History`).
 
 A member is alive as long as it answers: a progress request is sent whenever the stream has been
 silent for `HEARTBEAT_S`. Its answer carries a revision that is *not* used for resuming, because
@@ -56,17 +56,19 @@ class _Diverged(Exception):
 class _History:
     """How far the consumer has come, and how to tell whether etcd has the same past.
 
-    `witness` is the last put that was delivered. An etcd with the same history still has it at
-    its revision, with the same lease, which is 63 random bits. Without a witness nothing was ever
-    there, and any history in which nothing was there at `revision` will do.
+    `witness` is the last put that was delivered: an etcd with the same history still has it, with
+    the same lease, which is 63 random bits. It is looked for at the revision reached, which is
+    compacted no sooner than the watch itself could not resume; once it was deleted, at its own.
+    Without a witness nothing was ever there, and any history without anything there will do.
     """
 
-    __slots__ = ("prefix", "revision", "witness")
+    __slots__ = ("deleted", "prefix", "revision", "witness")
 
     def __init__(self, prefix: str, snapshot: Snapshot) -> None:
         self.prefix = prefix
         self.revision = snapshot.revision
         self.witness = max(snapshot.kvs, key=lambda kv: kv.mod_revision, default=None)
+        self.deleted = False
 
     def take_new(self, events: Sequence[Any]) -> list[Change]:
         """The changes among the events that were not delivered yet, which now are."""
@@ -76,9 +78,12 @@ class _History:
             if (change := wire.change(event)).kv.mod_revision > self.revision
         ]
         for change in changes:
-            self.revision = change.kv.mod_revision
             if change.kind is PUT:
-                self.witness = change.kv
+                self.witness, self.deleted = change.kv, False
+            elif self.witness is not None and change.kv.key == self.witness.key:
+                self.deleted = True
+        if changes:
+            self.revision = changes[-1].kv.mod_revision
         return changes
 
     async def check(self, client: EtcdClient) -> None:
@@ -88,7 +93,8 @@ class _History:
             if witness is None:
                 same = await client.is_empty(self.prefix, revision=self.revision)
             else:
-                same = await client.get(witness.key, revision=witness.mod_revision) == witness
+                revision = witness.mod_revision if self.deleted else self.revision
+                same = await client.get(witness.key, revision=revision) == witness
         except Compacted:
             raise
         except EtcdRefused as error:  # a revision that is yet to come
@@ -125,8 +131,6 @@ async def _read_snapshot(client: EtcdClient, prefix: str) -> Snapshot:
     while True:
         try:
             return await client.range(prefix)
-        except Compacted:  # between two pages
-            continue
         except EtcdUnavailable as error:
             log.info("etcd_watch_waits prefix=%s error=%s", prefix, error)
             await asyncio.sleep(RECONNECT_DELAY_S)
@@ -146,20 +150,26 @@ async def _stream(client: EtcdClient, history: _History) -> AsyncGenerator[list[
     async with client.watch_call() as call:
         async with asyncio.timeout(client.timeout_s):
             await call.write(pb.WatchRequest(create_request=create))
-        fragments: list[Any] = []
+        events: list[Any] = []
         async with aclosing(_responses(call)) as responses:
             async for response in responses:
                 if response.compact_revision:
                     raise Compacted(f"revisions up to {response.compact_revision} are gone")
                 if response.canceled:
                     raise EtcdUnavailable(f"watch refused: {response.cancel_reason}")
-                fragments.extend(response.events)
-                if response.fragment:
-                    continue
-                changes = history.take_new(fragments)
-                fragments = []
-                if changes:
+                events += response.events
+                # A fragment may end amid a revision, whose changes have to stay together.
+                cut = _start_of_last_revision(events) if response.fragment else len(events)
+                if changes := history.take_new(events[:cut]):
                     yield changes
+                del events[:cut]
+
+
+def _start_of_last_revision(events: Sequence[Any]) -> int:
+    index = len(events) - 1
+    while index > 0 and events[index - 1].kv.mod_revision == events[index].kv.mod_revision:
+        index -= 1
+    return max(index, 0)
 
 
 async def _responses(call: Any) -> AsyncGenerator[Any, None]:

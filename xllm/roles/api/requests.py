@@ -22,6 +22,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 
 MAX_N = 128
 MAX_SAMPLES = 512
@@ -56,7 +57,9 @@ def _content_kind(value: Any) -> str | None:
 
 
 Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+TokenId = Annotated[int, Field(ge=0, le=_MAX_INT32)]
+TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     Annotated[Text, Tag("<text>")]
     | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<texts>")]
@@ -96,12 +99,12 @@ class GenerationRequest(ApiModel):
     n: int | None = Field(None, ge=1, le=MAX_N)
     seed: int | None = Field(None, ge=_INT64_MIN, le=_INT64_MAX)
     stop: Stop | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=1024)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
     ignore_eos: bool | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[TokenIdKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token id, as a string, to what is added to its logit."
     )
     skip_special_tokens: bool | None = None
@@ -111,14 +114,6 @@ class GenerationRequest(ApiModel):
     cache_salt: str | None = Field(
         None, min_length=1, description="Requests share cached prefixes only under the same salt."
     )
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _check_keys(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for key in value or ():
-            if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise ValueError(f"keys must be token ids, not {key[:20]!r}")
-        return value
 
     @field_validator("stream_options")
     @classmethod
@@ -190,9 +185,12 @@ class ToolCall(ApiModel):
 
 
 class Message(ApiModel):
+    # The document asks for content; a call of tools may leave it out.
+    model_config = ConfigDict(json_schema_extra={"required": ["role", "content"]})
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: list[ToolCall] | None = None
-    content: Content | None = Field(
+    content: Content | SkipJsonSchema[None] = Field(
         None, validate_default=True, description="Required, except beside tool_calls."
     )
     name: str | None = None
@@ -254,4 +252,4 @@ class DetokenizeRequest(ApiModel):
     """Body of /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[int], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -28,7 +28,7 @@ from xllm.coordination import (
     RequestTooLarge,
 )
 from xllm.coordination.client import MAX_REQUEST_BYTES, PAGE_KEYS
-from xllm.errors import ConfigError, EtcdUnavailable
+from xllm.errors import EtcdUnavailable
 
 
 async def test_a_range_is_one_revision_over_all_its_pages(client: EtcdClient) -> None:
@@ -125,14 +125,6 @@ async def test_a_name_is_looked_up_again_until_it_is_known(
     known = True
     await client.connect(5.0)
     await client.close()
-
-
-@pytest.mark.parametrize(
-    "address", ["", "host:port", "host:0", "host:70000", "ftp://host:1", "a..b:1", "h:1/path"]
-)
-def test_an_address_that_is_none_is_a_configuration_error(address: str) -> None:
-    with pytest.raises(ConfigError, match="--etcd_addr"):
-        EtcdClient([address])
 
 
 async def test_a_client_waits_for_etcd_and_says_so(

@@ -135,6 +135,13 @@ async def test_another_etcd_on_the_port_is_not_taken_for_ours(etcd: EtcdServer) 
         await EmbeddedEtcd.start(binary, port=etcd.port)
 
 
+async def test_a_binary_that_cannot_run_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "etcd"
+    broken.touch(mode=0o755)
+    with pytest.raises(EtcdUnavailable, match="Exec format error"):
+        await EmbeddedEtcd.start(broken, port=free_port())
+
+
 def test_an_etcd_on_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     binary = tmp_path / "etcd"
     binary.write_text("#!/bin/sh\n")

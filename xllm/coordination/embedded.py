@@ -83,14 +83,18 @@ class EmbeddedEtcd:
         address = f"127.0.0.1:{port}"
         data_dir = tempfile.mkdtemp(prefix="xllm-etcd-")
         name = Path(data_dir).name
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", etcd_keeper.__file__, data_dir),
-            *(str(binary), *_arguments(name, data_dir, f"http://{address}")),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=_environment(),
-            start_new_session=True,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", etcd_keeper.__file__, data_dir),
+                *(str(binary), *_arguments(name, data_dir, f"http://{address}")),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=_environment(),
+                start_new_session=True,
+            )
+        except BaseException:
+            shutil.rmtree(data_dir)
+            raise
         etcd = cls(process, address, name)
         try:
             await etcd._until_ready()
@@ -108,7 +112,10 @@ class EmbeddedEtcd:
         return self._process.returncode is None
 
     async def wait(self) -> str:
-        """Returns when etcd has ended, with the last of its log if it ended by itself."""
+        """Returns when etcd has ended, with the last of its log if it ended by itself.
+
+        One caller at a time.
+        """
         assert self._process.stdout is not None
         output = await self._process.stdout.read()
         await self._process.wait()
@@ -120,7 +127,7 @@ class EmbeddedEtcd:
         self._process.stdin.close()
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await self.wait()
+                await self._process.wait()
         except TimeoutError:
             self._process.kill()  # the kernel ends etcd with it
             await self._process.wait()

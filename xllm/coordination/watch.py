@@ -113,26 +113,33 @@ async def watch_prefix(client: EtcdClient, prefix: str) -> AsyncGenerator[WatchI
         snapshot = await _read_snapshot(client, prefix)
         yield snapshot
         history = _History(prefix, snapshot)
+        interrupted = False
         try:
             while True:
                 try:
                     await history.check(client)
                     async with aclosing(_stream(client, history)) as stream:
                         async for changes in stream:
+                            interrupted = False
                             yield changes
                 except EtcdUnavailable as error:
-                    log.info("etcd_watch_interrupted prefix=%s error=%s", prefix, error)
+                    if not interrupted:
+                        log.info("etcd_watch_interrupted prefix=%s error=%s", prefix, error)
+                        interrupted = True
                     await asyncio.sleep(RECONNECT_DELAY_S)
         except (_Diverged, Compacted) as error:
             log.warning("etcd_watch_resync prefix=%s reason=%s", prefix, error)
 
 
 async def _read_snapshot(client: EtcdClient, prefix: str) -> Snapshot:
+    waiting = False
     while True:
         try:
             return await client.range(prefix)
         except EtcdUnavailable as error:
-            log.info("etcd_watch_waits prefix=%s error=%s", prefix, error)
+            if not waiting:
+                log.info("etcd_watch_waits prefix=%s error=%s", prefix, error)
+                waiting = True
             await asyncio.sleep(RECONNECT_DELAY_S)
 
 

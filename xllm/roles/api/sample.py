@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from xllm.protocol import FinishReason, TokenDelta, TokenLogprob
-from xllm.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+from xllm.stop_matcher import StopMatcher
+from xllm.tokenizer import IncrementalDecoder, Tokenizer
 
 
 class Score(NamedTuple):

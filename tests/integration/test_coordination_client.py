@@ -27,6 +27,7 @@ from xllm.coordination import (
     Put,
     RequestTooLarge,
 )
+from xllm.coordination import client as client_module
 from xllm.coordination.client import MAX_REQUEST_BYTES, PAGE_KEYS
 from xllm.errors import EtcdUnavailable
 
@@ -105,25 +106,29 @@ async def test_an_endpoint_may_be_a_name_or_a_url(etcd: EtcdServer, address: str
     await client.close()
 
 
-async def test_a_name_is_looked_up_again_until_it_is_known(
+async def test_a_name_is_looked_up_again_after_a_failure(
     etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = asyncio.get_running_loop()
     look_up = loop.getaddrinfo
-    known = False
+    address: str | None = None
 
     async def getaddrinfo(host: str, port: int, **options: Any) -> Any:
         assert host == "etcd.example"
-        if not known:
+        if address is None:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return await look_up("127.0.0.1", port, **options)
+        return await look_up(address, port, **options)
 
     monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(client_module, "RESOLVE_AGAIN_S", 0.0)
     client = EtcdClient([f"etcd.example:{etcd.port}"])
     with pytest.raises(EtcdUnavailable, match=r"etcd\.example:\d+: the name cannot be resolved"):
-        await client.connect(0.2)
-    known = True
-    await client.connect(5.0)
+        await client.ping(0.2)
+    address = "127.0.0.2"
+    with pytest.raises(EtcdUnavailable, match="refused"):
+        await client.ping(0.2)
+    address = "127.0.0.1"
+    await client.ping(2.0)
     await client.close()
 
 

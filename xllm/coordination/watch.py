@@ -70,13 +70,9 @@ class _History:
         self.witness = max(snapshot.kvs, key=lambda kv: kv.mod_revision, default=None)
         self.deleted = False
 
-    def take_new(self, events: Sequence[Any]) -> list[Change]:
-        """The changes among the events that were not delivered yet, which now are."""
-        changes = [
-            change
-            for event in events
-            if (change := wire.change(event)).kv.mod_revision > self.revision
-        ]
+    def advance(self, events: Sequence[Any]) -> list[Change]:
+        """The events as changes, which from now on are the consumer's past."""
+        changes = list(map(wire.change, events))
         for change in changes:
             if change.kind is PUT:
                 self.witness, self.deleted = change.kv, False
@@ -167,7 +163,7 @@ async def _stream(client: EtcdClient, history: _History) -> AsyncGenerator[list[
                 events += response.events
                 # A fragment may end amid a revision, whose changes have to stay together.
                 cut = _start_of_last_revision(events) if response.fragment else len(events)
-                if changes := history.take_new(events[:cut]):
+                if changes := history.advance(events[:cut]):
                     yield changes
                 del events[:cut]
 

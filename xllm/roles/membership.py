@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from xllm.coordination import Keys, Session
+from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
 from xllm.protocol import Epoch, WorkerInfo, WorkerLoad
 from xllm.roles.registration import find_conflict
@@ -17,6 +17,15 @@ from xllm.telemetry import Metrics
 logger = logging.getLogger(__name__)
 
 LOAD_PERIOD_S = 1.0
+
+
+async def check_peers(client: EtcdClient, keys: Keys, info: WorkerInfo) -> None:
+    """Raises: ConfigError if a worker of the same model is registered that does not go with
+    `info`; EtcdUnavailable."""
+    snapshot = await client.range(keys.workers)
+    conflict = find_conflict(info, snapshot.kvs)
+    if conflict:
+        raise ConfigError(conflict)
 
 
 class WorkerMembership:
@@ -43,12 +52,13 @@ class WorkerMembership:
         Raises: ConfigError, Fenced, EtcdUnavailable.
         """
         info = self._make_info(self._session.epoch)
-        await self._check_peers(info)
+        client = self._session.client
+        await check_peers(client, self._keys, info)
         await self._session.register(
             self._keys.worker(info.worker_id), self._encode_info, exclusive=True
         )
         # Another one may have registered at the same time.
-        await self._check_peers(info)
+        await check_peers(client, self._keys, info)
         await self._session.register(self._keys.load_of(info.worker_id), self._encode_load)
         self._metrics.lease_epochs.inc()
 
@@ -65,12 +75,6 @@ class WorkerMembership:
 
     def collect(self) -> None:
         self._metrics.etcd_connected.set(self._session.alive)
-
-    async def _check_peers(self, info: WorkerInfo) -> None:
-        snapshot = await self._session.client.range(self._keys.workers)
-        conflict = find_conflict(info, snapshot.kvs)
-        if conflict:
-            raise ConfigError(conflict)
 
     def _encode_info(self, epoch: Epoch) -> bytes:
         return msgspec.json.encode(self._make_info(epoch))

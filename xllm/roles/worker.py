@@ -31,7 +31,7 @@ from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, ModelCard, WorkerId, WorkerInfo, WorkerLoad
 from xllm.roles.engine_report import EngineReport
 from xllm.roles.local_backend import LocalBackend
-from xllm.roles.membership import WorkerMembership
+from xllm.roles.membership import WorkerMembership, check_peers
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort, serve
 from xllm.roles.stream_server import StreamServer
@@ -98,8 +98,10 @@ class _Worker:
             worker_id = self._worker_id(host)
             await client.connect(ETCD_WAIT_S)
             model = await self._load_model()
-            engine, report = await stack.enter_async_context(self._run_engine(model.runner, tasks))
             session = Session(client, config.etcd.lease_ttl)
+            # Warming up takes longer than finding out that it is in vain.
+            await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
+            engine, report = await stack.enter_async_context(self._run_engine(model.runner, tasks))
             tokenizer = await asyncio.to_thread(read_tokenizer_files, model.path)
             server = StreamServer(worker_id, session.epoch, engine, tokenizer)
             await server.start(self._main_socket)

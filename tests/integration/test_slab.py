@@ -45,7 +45,7 @@ def payload(i: int, payload_bytes: int = PAYLOAD_BYTES) -> Buffer:
     return buffer
 
 
-def write_of(i: int, slot: int, sequence: int = 0, payload_bytes: int = PAYLOAD_BYTES) -> SlotWrite:
+def write_of(i: int, slot: int, sequence: int = 1, payload_bytes: int = PAYLOAD_BYTES) -> SlotWrite:
     buffer = payload(i, payload_bytes)
     checksum = xxhash.xxh3_128_digest(buffer[:payload_bytes])
     return SlotWrite(SlotRecord(slot, sequence, name(i), name(i + 1), checksum), buffer)
@@ -181,6 +181,19 @@ def test_another_geometry_or_root_starts_empty(tmp_path: Path) -> None:
         slab.close()
 
 
+def test_what_was_cleared_stays_cleared(tmp_path: Path) -> None:
+    slab = open_slab(tmp_path)
+    slab.write([write_of(i, i, sequence=i + 1) for i in range(4)])
+    slab.forget_before(3)
+    assert [r.hash for r in slab.scan()] == [name(2), name(3)]
+    slab.close()
+    slab = open_slab(tmp_path)
+    assert slab.first_sequence == 3
+    check_contents(slab, {2, 3})
+    assert len(slab.scan()) == 2
+    slab.close()
+
+
 def test_two_openers_never_share(tmp_path: Path) -> None:
     slab = open_slab(tmp_path)
     with pytest.raises(ConfigError, match=r"--disk_cache_dir.*in use"):
@@ -243,7 +256,7 @@ WRITER = """
 from tests.integration.test_slab import *
 slab = open_slab(Path(sys.argv[1]), 16)
 for i in range(10**9):
-    slab.write([write_of(i % 64, (i * 7 + k) % 16, i) for k in range(1)])
+    slab.write([write_of(i % 64, (i * 7 + k) % 16, i + 1) for k in range(1)])
     print(i, flush=True)
 """
 
@@ -344,7 +357,7 @@ def test_a_hundred_thousand_slots_are_indexed_in_two_seconds(tmp_path: Path) -> 
     num_slots = 100_000
     slab = SlabFile(tmp_path, SlabGeometry(num_slots, 100), ROOT)
     headers = b"".join(
-        encode_header(SlotRecord(i, i, name(i), name(i - 1), b"s" * 16), 100)
+        encode_header(SlotRecord(i, i + 1, name(i), name(i - 1), b"s" * 16), 100)
         for i in range(num_slots)
     )
     with open(slab.path, "r+b") as file:

@@ -33,11 +33,13 @@ import numpy as np
 from xllm.cache.slab_format import (
     ALIGNMENT,
     HEADER_BYTES,
+    SUPERBLOCK_BYTES,
     Buffer,
     SlabGeometry,
     SlotRecord,
     adjacent_runs,
     decode_headers,
+    decode_superblock,
     encode_header,
     encode_superblock,
     round_up,
@@ -48,6 +50,8 @@ from xllm.protocol import BlockHash
 logger = logging.getLogger(__name__)
 
 SLAB_NAME = "blocks.slab"
+
+FIRST_SEQUENCE = 1
 
 _MAX_IOV = 512
 
@@ -99,6 +103,9 @@ class SlabFile:
         self.geometry = geometry
         self.path = directory / SLAB_NAME
         self.is_direct = False
+        self.first_sequence = FIRST_SEQUENCE
+        """Headers with a lower one have been cleared."""
+        self._root = root
         self._io = io
         self._fd = -1
         self._direct_fd = -1
@@ -106,9 +113,7 @@ class SlabFile:
             directory.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._lock()
-            superblock = encode_superblock(geometry, root)
-            if self._read_start(len(superblock)) != superblock:
-                self._format(superblock)
+            self.first_sequence = self._read_superblock() or self._format()
             self._direct_fd = self._open_direct()
         except OSError as error:
             self.close()
@@ -134,7 +139,7 @@ class SlabFile:
         """Every slot with a valid header, oldest store first. Raises: TierIOError."""
         raw = np.empty(self.geometry.num_slots * HEADER_BYTES, dtype=np.uint8)
         self._read(self._fd, [raw], self.geometry.header_offset(0))
-        return decode_headers(raw, self.geometry.payload_bytes)
+        return decode_headers(raw, self.geometry.payload_bytes, self.first_sequence)
 
     def read(self, first_slot: int, buffers: Sequence[Buffer]) -> None:
         """Reads the payloads of neighbouring slots in as few calls as can be.
@@ -160,6 +165,12 @@ class SlabFile:
             headers = b"".join(encode_header(w.record, payload_bytes) for w in ordered[run])
             self._write_headers(slots[run.start], headers)
 
+    def forget_before(self, sequence: int) -> None:
+        """Makes everything with a lower sequence number a miss for good. Raises: TierIOError."""
+        superblock = encode_superblock(self.geometry, self._root, sequence)
+        self._write(self._fd, [np.frombuffer(superblock, dtype=np.uint8)], 0)
+        self.first_sequence = sequence
+
     def invalidate(self, slots: Sequence[int]) -> None:
         """Makes slots misses. slots: ascending. Raises: TierIOError."""
         for run in adjacent_runs(slots):
@@ -174,12 +185,12 @@ class SlabFile:
                 "give each worker a directory of its own"
             ) from None
 
-    def _read_start(self, num_bytes: int) -> bytes:
+    def _read_superblock(self) -> int | None:
         if os.fstat(self._fd).st_size != self.geometry.file_bytes:
-            return b""
-        return os.pread(self._fd, num_bytes, 0)
+            return None
+        return decode_superblock(os.pread(self._fd, SUPERBLOCK_BYTES, 0), self.geometry, self._root)
 
-    def _format(self, superblock: bytes) -> None:
+    def _format(self) -> int:
         """Empties the file, allocates all of it, and writes the superblock last."""
         os.ftruncate(self._fd, 0)
         try:
@@ -187,8 +198,9 @@ class SlabFile:
         except OSError:
             os.ftruncate(self._fd, 0)
             raise
-        os.pwrite(self._fd, superblock, 0)
+        self.forget_before(FIRST_SEQUENCE)
         logger.info("slab_created path=%s slots=%d", self.path, self.geometry.num_slots)
+        return FIRST_SEQUENCE
 
     def _open_direct(self) -> int:
         """A second descriptor that bypasses the page cache, or the first one where that fails.

@@ -1,6 +1,6 @@
 """The bytes of a slab file: superblock, headers, and where payloads are.
 
-    offset 0                superblock, 4096 bytes: geometry and the cache root
+    offset 0                superblock: geometry, cache root, first sequence number that counts
     offset 4096             headers, 128 bytes a slot, one after the other
     offset `data_offset`    payloads, `slot_stride` bytes a slot, all multiples of 4096
 
@@ -39,7 +39,7 @@ HEADER_BYTES = 128
 
 _MAGIC = b"xKVb"
 _SUPERBLOCK_MAGIC = b"xKVslab\n"
-_SUPERBLOCK = struct.Struct("<8sQQQ16s")
+_SUPERBLOCK = struct.Struct("<8sQQQ16sQ")
 _HEADER = struct.Struct("<4sH2xQ16s16s16sQ48x")
 _CHECKSUM = struct.Struct("<Q")
 assert _HEADER.size + _CHECKSUM.size == HEADER_BYTES
@@ -106,11 +106,28 @@ class SlotRecord:
     checksum: bytes
 
 
-def encode_superblock(geometry: SlabGeometry, root: BlockHash) -> bytes:
+SUPERBLOCK_BYTES = _SUPERBLOCK.size + _CHECKSUM.size
+
+
+def encode_superblock(geometry: SlabGeometry, root: BlockHash, first_sequence: int) -> bytes:
+    """Headers with a sequence below `first_sequence` do not count: they have been cleared."""
     fields = _SUPERBLOCK.pack(
-        _SUPERBLOCK_MAGIC, FORMAT_VERSION, geometry.num_slots, geometry.payload_bytes, root
+        _SUPERBLOCK_MAGIC,
+        FORMAT_VERSION,
+        geometry.num_slots,
+        geometry.payload_bytes,
+        root,
+        first_sequence,
     )
     return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))
+
+
+def decode_superblock(raw: bytes, geometry: SlabGeometry, root: BlockHash) -> int | None:
+    """The first sequence that counts; None: not the superblock of such a slab."""
+    if len(raw) != SUPERBLOCK_BYTES:
+        return None
+    first_sequence: int = _SUPERBLOCK.unpack_from(raw)[-1]
+    return first_sequence if raw == encode_superblock(geometry, root, first_sequence) else None
 
 
 def encode_header(record: SlotRecord, payload_bytes: int) -> bytes:
@@ -126,13 +143,14 @@ def encode_header(record: SlotRecord, payload_bytes: int) -> bytes:
     return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))
 
 
-def decode_headers(raw: Buffer, payload_bytes: int) -> list[SlotRecord]:
+def decode_headers(raw: Buffer, payload_bytes: int, first_sequence: int) -> list[SlotRecord]:
     """The valid ones of a whole header region, by sequence. raw: [num_slots * HEADER_BYTES]."""
     fields = raw.view(_SCANNED_FIELDS)
     plausible = np.flatnonzero(
         (fields["magic"] == _MAGIC)
         & (fields["version"] == FORMAT_VERSION)
         & (fields["payload_bytes"] == payload_bytes)
+        & (fields["sequence"] >= first_sequence)
     )
     order = np.argsort(fields["sequence"][plausible], kind="stable")
     view = raw.data

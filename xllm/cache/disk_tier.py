@@ -17,11 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
+from xllm.cache.block_pool import BlockEvent, BlockEventKind
 from xllm.cache.eviction import EvictionPolicyName, make_eviction_policy
 from xllm.cache.slab import OS_IO, SlabFile, SlotWrite, VectorIO
-from xllm.cache.slab_format import Buffer, SlabGeometry, SlotRecord, adjacent_runs
+from xllm.cache.slab_format import (
+    Buffer,
+    SlabGeometry,
+    SlotRecord,
+    adjacent_runs,
+    checksum_of,
+)
 from xllm.cache.tier import SlotTable, TableObserver
 from xllm.errors import ConfigError, TierIOError
 from xllm.protocol import BlockHash
@@ -32,11 +37,6 @@ FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 
 
-def checksum_of(payload: Buffer) -> bytes:
-    """xxh3-128; lets the interpreter's lock go."""
-    return xxhash.xxh3_128_digest(payload.data)
-
-
 class Attachment:
     """One opening of the slab, from `open` until the last transfer has ended."""
 
@@ -45,7 +45,8 @@ class Attachment:
         self._slab = slab
         self._next_sequence = next_sequence
         self._num_transfers = 0
-        self._is_retired = False
+        self.is_retired = False
+        """No transfer may begin any more."""
 
     @property
     def slot_stride(self) -> int:
@@ -58,7 +59,7 @@ class Attachment:
 
     def begin_transfer(self) -> None:
         """Keeps the file open until `end_transfer`."""
-        assert not self._is_retired
+        assert not self.is_retired
         self._num_transfers += 1
 
     def end_transfer(self) -> None:
@@ -67,7 +68,7 @@ class Attachment:
 
     def retire(self) -> None:
         """No transfer begins any more; the file is closed after the last one."""
-        self._is_retired = True
+        self.is_retired = True
         self._close_if_idle()
 
     def record(
@@ -107,7 +108,7 @@ class Attachment:
         self._slab.sync()
 
     def _close_if_idle(self) -> None:
-        if self._is_retired and self._num_transfers == 0:
+        if self.is_retired and self._num_transfers == 0:
             self._slab.close()
 
 
@@ -159,6 +160,7 @@ class DiskTier:
         self._observer = observer
         self._io = io
         self._is_closed = False
+        self._events: list[BlockEvent] = []
         self._retry_s = FIRST_RETRY_S
         self._retry_at: float | None = None
         """None: attached, or an attempt is under way."""
@@ -209,6 +211,7 @@ class DiskTier:
         """The medium failed in a transfer of `attachment`: from now on everything is a miss."""
         if attachment is self.attachment:
             self.attachment = None
+            self._events = [BlockEvent(BlockEventKind.CLEARED)]
             attachment.retire()
             self._report(error)
 
@@ -230,6 +233,13 @@ class DiskTier:
         else:
             logger.info("disk_tier_still_detached error=%r", str(result))
             self._schedule_retry()
+
+    def take_events(self) -> list[BlockEvent]:
+        """What changed since the last call, in order; detaching clears the tier."""
+        events, self._events = self._events, []
+        if self.attachment is not None:
+            events += self.attachment.table.take_events()
+        return events
 
     def close(self) -> None:
         """Makes what was written durable and gives the slab back. Idempotent."""

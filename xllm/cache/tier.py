@@ -40,6 +40,9 @@ class TierName(enum.StrEnum):
     REMOTE = "remote"
 
 
+LOWER_TIERS: tuple[TierName, ...] = (TierName.HOST, TierName.DISK, TierName.REMOTE)
+
+
 class Lookup(enum.Enum):
     MISS = "miss"
     PENDING = "pending"
@@ -85,11 +88,21 @@ class TableObserver(Protocol):
 
 
 class _Slot:
-    __slots__ = ("checksum", "dropped", "hash", "num_pins", "state", "stored_at", "used_at")
+    __slots__ = (
+        "checksum",
+        "dropped",
+        "hash",
+        "num_pins",
+        "parent",
+        "state",
+        "stored_at",
+        "used_at",
+    )
 
     def __init__(self) -> None:
         self.state = SlotState.ABSENT
         self.hash: BlockHash | None = None
+        self.parent: BlockHash | None = None
         self.checksum = b""
         self.num_pins = 0
         self.dropped = False
@@ -116,8 +129,7 @@ class SlotTable:
         self._slots = [_Slot() for _ in range(num_slots)]
         self._free = deque(range(num_slots))
         self._by_hash: dict[BlockHash, int] = {}
-        self._parents: dict[int, BlockHash | None] = {}
-        """Of RESERVED slots: what the policy is told when they are published."""
+        self._num_reserved = 0
         self._events: list[BlockEvent] = []
         self._num_pinned = 0
         """READY, not dropped, pin count > 0."""
@@ -141,6 +153,14 @@ class SlotTable:
             return Lookup.MISS
         ready = self._slots[slot_id].state is SlotState.READY
         return Lookup.HIT if ready else Lookup.PENDING
+
+    def parent_of(self, block_hash: BlockHash) -> BlockHash | None:
+        """Of a block that is here or on its way; None also where it was not known."""
+        return self._slots[self._by_hash[block_hash]].parent
+
+    def parent_of_slot(self, slot_id: int) -> BlockHash | None:
+        """As `parent_of`, for a slot that is not ABSENT, also if its block was dropped."""
+        return self._slots[slot_id].parent
 
     def touch(self, chain: Sequence[BlockHash]) -> None:
         """Blocks of one chain, head first, were used by a request."""
@@ -168,8 +188,9 @@ class SlotTable:
         slot = self._slots[slot_id]
         slot.state = SlotState.RESERVED
         slot.hash = block_hash
+        slot.parent = parent
         self._by_hash[block_hash] = slot_id
-        self._parents[slot_id] = parent
+        self._num_reserved += 1
         return slot_id
 
     def complete_store(self, slot_id: int, checksum: bytes | None) -> bool:
@@ -180,7 +201,7 @@ class SlotTable:
         """
         slot = self._slots[slot_id]
         assert slot.state is SlotState.RESERVED, "a store is completed once"
-        parent = self._parents.pop(slot_id)
+        self._num_reserved -= 1
         if checksum is None or slot.dropped:
             self._num_aborts += 1
             if not slot.dropped:
@@ -188,7 +209,7 @@ class SlotTable:
                 del self._by_hash[slot.hash]
             self._release(slot_id)
             return False
-        self._publish(slot_id, parent, checksum)
+        self._publish(slot_id, checksum)
         self._num_stores += 1
         return True
 
@@ -203,8 +224,9 @@ class SlotTable:
         if block_hash in self._by_hash or slot.state is not SlotState.ABSENT:
             return False
         slot.hash = block_hash
+        slot.parent = parent
         self._by_hash[block_hash] = slot_id
-        self._publish(slot_id, parent, checksum)
+        self._publish(slot_id, checksum)
         return True
 
     def finish_restore(self) -> None:
@@ -272,7 +294,7 @@ class SlotTable:
         return TableStatistics(
             num_slots=self.num_slots,
             num_ready=len(self._policy),
-            num_reserved=len(self._parents),
+            num_reserved=self._num_reserved,
             num_pinned=self._num_pinned,
             num_stores=self._num_stores,
             num_aborts=self._num_aborts,
@@ -286,10 +308,10 @@ class SlotTable:
         assert len(free) == len(self._free)
         named: dict[BlockHash, int] = {}
         ready: set[BlockHash] = set()
-        num_pinned = 0
+        num_pinned = num_reserved = 0
         for slot_id, slot in enumerate(self._slots):
             assert (slot.state is SlotState.ABSENT) == (slot_id in free)
-            assert (slot.state is SlotState.RESERVED) == (slot_id in self._parents)
+            num_reserved += slot.state is SlotState.RESERVED
             assert (slot.hash is None) == (slot.state is SlotState.ABSENT)
             assert slot.num_pins == 0 or slot.state is SlotState.READY
             assert not slot.dropped or slot.state is SlotState.RESERVED or slot.num_pins > 0
@@ -302,19 +324,20 @@ class SlotTable:
         assert named == self._by_hash
         assert ready == set(self._policy)
         assert num_pinned == self._num_pinned
+        assert num_reserved == self._num_reserved
 
     def check_pins(self, expected: dict[int, int]) -> None:
         """`expected`: pins by slot as their owners count them; absent is none."""
         for slot_id, slot in enumerate(self._slots):
             assert slot.num_pins == expected.get(slot_id, 0), f"slot {slot_id}"
 
-    def _publish(self, slot_id: int, parent: BlockHash | None, checksum: bytes) -> None:
+    def _publish(self, slot_id: int, checksum: bytes) -> None:
         slot = self._slots[slot_id]
         assert slot.hash is not None
         slot.state = SlotState.READY
         slot.checksum = checksum
         slot.stored_at = slot.used_at = self._clock()
-        self._policy.insert(slot.hash, parent)
+        self._policy.insert(slot.hash, slot.parent)
         self._events.append(BlockEvent(BlockEventKind.STORED, slot.hash))
 
     def _evict(self) -> bool:
@@ -354,6 +377,7 @@ class SlotTable:
         slot = self._slots[slot_id]
         slot.state = SlotState.ABSENT
         slot.hash = None
+        slot.parent = None
         slot.checksum = b""
         slot.dropped = False
         self._free.append(slot_id)

@@ -69,7 +69,7 @@ def test_the_api_is_what_its_document_says(
 
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
     @settings(
-        max_examples=50,
+        max_examples=30,
         deadline=None,
         derandomize=True,
         database=None,

@@ -22,7 +22,6 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
 
 MAX_N = 128
 MAX_SAMPLES = 512
@@ -184,14 +183,21 @@ class ToolCall(ApiModel):
     function: FunctionCall
 
 
+def _drop_null(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [case for case in schema["anyOf"] if case != {"type": "null"}]
+
+
 class Message(ApiModel):
-    # The document asks for content; a call of tools may leave it out.
+    # The document asks for content, which is the rule.
     model_config = ConfigDict(json_schema_extra={"required": ["role", "content"]})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: list[ToolCall] | None = None
-    content: Content | SkipJsonSchema[None] = Field(
-        None, validate_default=True, description="Required, except beside tool_calls."
+    content: Content | None = Field(
+        None,
+        validate_default=True,
+        description="May be left out beside tool_calls.",
+        json_schema_extra=_drop_null,
     )
     name: str | None = None
     tool_call_id: str | None = None

@@ -98,6 +98,8 @@ class _Worker:
             worker_id = self._worker_id(host)
             await client.connect(ETCD_WAIT_S)
             model = await self._load_model()
+            # It took a while: etcd may have been restarted meanwhile.
+            await client.connect(ETCD_WAIT_S)
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
@@ -118,6 +120,7 @@ class _Worker:
             self.operator.add_collector(membership.collect)
             stack.push_async_callback(session.close)
             tasks.create_task(session.run())
+            await client.connect(ETCD_WAIT_S)
             await membership.join()
             try:
                 tasks.create_task(membership.publish_load())
@@ -186,8 +189,9 @@ class _Worker:
     ) -> AsyncIterator[tuple[Engine, EngineReport]]:
         engine = Engine(runner)
         report = EngineReport(engine, self.metrics)
+        # Cancelled in here, the process ends without waiting for a step of the warm-up.
+        await engine.start()
         try:
-            await engine.start()
             self.operator.add_collector(report.collect)
             tasks.create_task(report.log_status())
             yield engine, report

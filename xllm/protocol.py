@@ -108,6 +108,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """In the first delta, when asked for: one per prompt token, None for the first."""
     cached_tokens: int = 0
     """Prompt tokens that were not computed; the same in every delta of a sample."""
+    cached_tokens_by_tier: dict[str, int] = msgspec.field(default_factory=dict)
+    """The same, by the tier that had them; in the last delta of a sample."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

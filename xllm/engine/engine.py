@@ -46,6 +46,8 @@ Listener = Callable[[TokenDelta | RequestError], None]
 MAX_OPEN_REQUESTS = 4096
 MAX_FAULTS_IN_A_ROW = 3
 WARM_UP_TOKENS = 512
+IDLE_POLL_S = 0.05
+"""Until the scheduler is asked again when requests are there and none can run."""
 
 
 class RunningRequest:
@@ -216,19 +218,21 @@ class Engine:
             self._runner.allocate_cache(self._runner.num_blocks)
             self._warm_up()
             self._post(self._set_started)
+            has_run = False
             while not self._is_stopping:
-                self._take_commands()
-                self._step()
+                self._take_commands(may_sleep=not has_run)
+                has_run = self._step()
                 self._publish()
         except BaseException as caught:
             error = caught
             logger.exception("engine_stopped")
         self._post(lambda: self._set_closed(error))
 
-    def _take_commands(self) -> None:
+    def _take_commands(self, *, may_sleep: bool) -> None:
         """Applies what the event loop asked for; sleeps while there is nothing to run."""
-        if not self._scheduler.has_work:
-            self._commands.get()()
+        if may_sleep:
+            with contextlib.suppress(queue.Empty):
+                self._commands.get(timeout=self._max_sleep_s())()
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -255,12 +259,21 @@ class Engine:
     def _stop(self) -> None:
         self._is_stopping = True
 
-    def _step(self) -> None:
-        if self._is_stopping or not self._scheduler.has_work:
-            return
+    def _max_sleep_s(self) -> float | None:
+        """None: until a command comes; requests that wait for nothing but blocks on their way up
+        also wake up at their deadline."""
+        deadline = self.kv_cache.next_deadline
+        if deadline is not None:
+            return max(deadline - time.monotonic(), 0.0)
+        return IDLE_POLL_S if self._scheduler.has_work else None
+
+    def _step(self) -> bool:
+        """Runs one step, if anything can run; False: nothing could."""
+        if self._is_stopping:
+            return False
         plan = self._scheduler.schedule()
         if not plan.scheduled:
-            return
+            return False
         work = plan.work
         started = time.perf_counter()
         outputs = StepOutputs(plan, self._eos_token_ids, self.vocab_size)
@@ -271,7 +284,7 @@ class Engine:
                 "step_failed tokens=%d sequences=%d", plan.num_tokens, len(plan.scheduled)
             )
             self._fail(plan)
-            return
+            return True
         self._faults_in_a_row = 0
         faulty = outputs.faulty(sampled)
         outputs.keep_scores(sampled)
@@ -283,6 +296,7 @@ class Engine:
         seconds = time.perf_counter() - started
         self._cost.observe(work, seconds)
         self._counters.count(plan, seconds)
+        return True
 
     def _execute(self, plan: StepPlan, outputs: StepOutputs) -> SampledTokens:
         if plan.copies:

@@ -73,7 +73,7 @@ def make_batch(
         query_start_loc=torch.tensor(starts, dtype=torch.int32),
         context_lens=torch.tensor(context_lens, dtype=torch.int32),
         block_tables=tables,
-        logits_indices=torch.tensor(list(logits_rows)),
+        logits_indices=torch.tensor(list(logits_rows), dtype=torch.int64),
         num_decodes=sum(num_tokens == 1 for _, num_tokens in parts),
         max_query_len=max(num_tokens for _, num_tokens in parts),
         max_context_len=max(context_lens),

@@ -58,7 +58,7 @@ def _tiny(folder: Path, vocab_size: int) -> dict[str, Any]:
                 "length": length,
                 "seed": seed,
                 "prompt_logprobs": _rounded(logprobs[:-1].gather(1, following).squeeze(1)),
-                **_greedy(model, ids, NUM_TINY_TOKENS),
+                **_run(model, ids, NUM_TINY_TOKENS)[1],
             }
         )
     cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), torch.arange(512)[None])
@@ -75,38 +75,29 @@ def _default_model(folder: Path) -> dict[str, Any]:
     entries = []
     for ids in prompts:
         print(f"prompt of {len(ids)} tokens", flush=True)
-        rows = evaluated_rows(len(ids))
-        exact = _logits(wide, ids, rows)
-        error = (_logits(narrow, ids, rows) - exact).norm() / exact.norm()
+        exact, continuation = _run(wide, ids, NUM_OUTPUT_TOKENS)
+        rounded, _ = _run(narrow, ids, 0)
+        error = (rounded - exact).norm() / exact.norm()
         entries.append(
-            {
-                "prompt_ids": ids,
-                "bfloat16_error": round(float(error), 6),
-                **_greedy(wide, ids, NUM_OUTPUT_TOKENS),
-            }
+            {"prompt_ids": ids, "bfloat16_error": round(float(error), 6), **continuation}
         )
     return {"prompts": entries}
 
 
-def _logits(model: Any, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
-    hidden = model.model(torch.tensor([ids])).last_hidden_state[0, list(rows)]
-    logits: torch.Tensor = model.lm_head(hidden).float()
-    return logits
-
-
-def _greedy(model: Any, ids: Sequence[int], num_tokens: int) -> dict[str, Any]:
-    """Past EOS; with the distance between the two largest logits before each token."""
-    cache = None
-    following = torch.tensor([ids])
+def _run(model: Any, ids: Sequence[int], num_tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """([rows, V] float32 logits at the evaluated rows of the prompt, the greedy continuation past
+    EOS with the distance between the two largest logits before each token)."""
+    result = model.model(torch.tensor([ids]), use_cache=True)
+    evaluated = model.lm_head(result.last_hidden_state[0, evaluated_rows(len(ids))]).float()
     output_ids, gaps = [], []
     for _ in range(num_tokens):
-        result = model(following, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = result.past_key_values
-        best, second = result.logits[0, -1].topk(2).values.tolist()
-        following = result.logits[:, -1].argmax(dim=1, keepdim=True)
+        logits = model.lm_head(result.last_hidden_state[:, -1])
+        best, second = logits[0].topk(2).values.tolist()
+        following = logits.argmax(dim=1, keepdim=True)
         output_ids.append(int(following))
         gaps.append(best - second)
-    return {"output_ids": output_ids, "gaps": _rounded(gaps)}
+        result = model.model(following, past_key_values=result.past_key_values, use_cache=True)
+    return evaluated, {"output_ids": output_ids, "gaps": _rounded(gaps)}
 
 
 def _rounded(values: torch.Tensor | Sequence[float]) -> list[float]:

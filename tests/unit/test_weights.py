@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.golden.tiny_models import TINY_MODELS, write_model
+from xllm.engine import weights
 from xllm.engine.model_config import load_config
 from xllm.engine.weights import Checkpoint, fingerprint, weight_files
 from xllm.errors import ConfigError
@@ -133,8 +134,11 @@ def test_fingerprint_is_the_contents_not_the_place(folder: Path, tmp_path: Path)
     assert fingerprint(folder, config, cache) == fingerprint(copy, config, cache)
 
 
-def test_fingerprint_reads_unchanged_files_once(folder: Path, tmp_path: Path) -> None:
-    """A file with the same path, size, mtime and inode is taken for unchanged."""
+def test_fingerprint_reads_unchanged_files_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file with the same path, size, mtime and inode is taken for unchanged."""
+    monkeypatch.setattr(weights, "_MIN_REMEMBERED_BYTES", 1000)
     cache = tmp_path / "cache"
     config = load_config(folder)
     original = fingerprint(folder, config, cache)
@@ -149,7 +153,10 @@ def test_fingerprint_reads_unchanged_files_once(folder: Path, tmp_path: Path) ->
     assert fingerprint(folder, config, cache) != original
 
 
-def test_fingerprint_needs_no_writable_cache(folder: Path, tmp_path: Path) -> None:
+def test_fingerprint_needs_no_writable_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_MIN_REMEMBERED_BYTES", 1000)
     config = load_config(folder)
     blocked = tmp_path / "file"
     blocked.write_text("")

@@ -67,6 +67,7 @@ def test_all_eos_ids_count(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}')
     assert load(tmp_path, eos_token_id=[4, 3]).eos_token_ids == (3, 4)
     assert load(tmp_path, eos_token_id=None).eos_token_ids == ()
+    assert load(tmp_path, eos_token_id=[2, 320, -1]).eos_token_ids == (2,)
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])

@@ -76,9 +76,7 @@ class StepOutputs:
             logprobs=logprobs,
             prompt_logprobs=seq.prompt_logprobs if is_first and seq.wants_prompt_logprobs else None,
             cached_tokens=sum(cached.values()),
-            cached_tokens_by_tier={tier.value: n for tier, n in cached.items()}
-            if is_first
-            else {},
+            cached_tokens_by_tier={tier.value: n for tier, n in cached.items()} if is_first else {},
         )
 
     def _add(self, item: ScheduledSequence) -> None:

@@ -23,7 +23,7 @@ from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad
-from xllm.roles.engine_report import EngineReport
+from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.local_backend import LocalBackend
 from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
 from xllm.roles.openai_api import build_app, make_runner
@@ -148,6 +148,7 @@ class _Worker:
         self, engine: Engine, tasks: asyncio.TaskGroup
     ) -> AsyncIterator[EngineReport]:
         report = EngineReport(engine, self.metrics)
+        engine.observer = StepMetrics(self.metrics)
         # Cancelled in here, the process ends without waiting for a step of the warm-up.
         await engine.start()
         try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -67,6 +68,8 @@ async def run_worker(config: WorkerConfig) -> None:
 
 
 def _load_model(config: EngineConfig) -> LoadedModel:
+    # Torch's threads sleep between its operations: the native kernels have threads of their own.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Only now, because it imports torch: see there.
     from xllm.roles.loading import load_model
 

@@ -37,7 +37,7 @@ TO_WORKER: list[frames.ToWorker] = [
             output_ids=[4],
         )
     ),
-    frames.Cancel("r", 0),
+    frames.Cancel("r", 0, 0),
     frames.GetTokenizer(),
     frames.Ping(),
 ]
@@ -57,7 +57,7 @@ TO_MASTER: list[frames.ToMaster] = [
             )
         ]
     ),
-    frames.Refused("r", 0, "overloaded", "too much", None, 2),
+    frames.Refused("r", 0, 1, "overloaded", "too much", None, 2),
     frames.TokenizerReply(TokenizerFiles({"tokenizer.json": b"\x00\xff{}"})),
     frames.Pong(12),
     frames.Draining(),

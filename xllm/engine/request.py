@@ -18,9 +18,12 @@ preempted one prefills its output again, too.
 from __future__ import annotations
 
 import enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from xllm.protocol import BlockHash, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from xllm.engine.sampler import TokenHistory
 
 
 class SequenceState(enum.Enum):
@@ -33,7 +36,6 @@ class Sequence:
     """One sample: tokens, blocks and progress. Changed by `Scheduler` and `KVCache` only."""
 
     __slots__ = (
-        "admitted_at",
         "arrival",
         "block_hashes",
         "block_table",
@@ -41,6 +43,7 @@ class Sequence:
         "children",
         "finish_reason",
         "group",
+        "history",
         "index",
         "num_committed_blocks",
         "num_computed_tokens",
@@ -77,8 +80,10 @@ class Sequence:
         """Names that this sequence has promised to compute: see `KVCache.match`."""
         self.children: list[Sequence] = []
         """Samples that start from this one's prefill (n > 1), until it has ended."""
-        self.prompt_logprobs: list[TokenLogprob | None] | None = None
-        self.admitted_at: float | None = None
+        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        """Of the prompt tokens scored so far, where they are wanted; the first has none."""
+        self.history: TokenHistory | None = None
+        """Where a penalty needs it; made at the first draw."""
 
     @property
     def request_id(self) -> str:

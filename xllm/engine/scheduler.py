@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from xllm.cache.kv_cache import KVCache
 from xllm.engine.request import Sequence, SequenceState
 from xllm.engine.step_cost import StepCost, StepWork, decode_work, prefill_work
-from xllm.protocol import FinishReason
+from xllm.protocol import FinishReason, GenerateRequest
 
 MAX_PASSED_OVER = 32
 """Waiting requests that one step passes over because of a pending prefix: bounds its cost."""
@@ -63,6 +63,20 @@ class ScheduledSequence:
     """Tokens to draw from the last row's logits: 0 in the middle of a prompt, n for a prompt with
     n - 1 children, otherwise 1."""
 
+    @property
+    def scored_positions(self) -> range:
+        """Rows whose successor is a prompt token that is to be scored."""
+        if not self.seq.wants_prompt_logprobs:
+            return range(0)
+        first = max(self.start, len(self.seq.prompt_logprobs) - 1)
+        return range(first, min(self.start + self.num_tokens, self.seq.prompt_len - 1))
+
+    @property
+    def work(self) -> StepWork:
+        if self.seq.is_decoding:
+            return decode_work(self.start + 1)
+        return prefill_work(self.start, self.num_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -76,6 +90,10 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(s.num_tokens for s in self.scheduled)
+
+    @property
+    def work(self) -> StepWork:
+        return sum((s.work for s in self.scheduled), StepWork())
 
 
 @dataclass(slots=True)
@@ -162,16 +180,10 @@ class Scheduler:
             position -= 1
         self.waiting.insert(position, seq)
 
-    def abort(self, request_id: str, attempt: int | None = None) -> list[Sequence]:
-        """Ends all samples of a request and frees their blocks; returns those that were alive."""
-        aborted = [
-            seq
-            for seq in (*self.waiting, *self.running)
-            if seq.request_id == request_id and attempt in (None, seq.attempt)
-        ]
-        for seq in aborted:
+    def abort(self, request: GenerateRequest) -> None:
+        """Ends all samples of a request, which is known by its identity, and frees their blocks."""
+        for seq in [seq for seq in (*self.waiting, *self.running) if seq.group is request]:
             self._finish(seq, FinishReason.ABORT)
-        return aborted + [child for seq in aborted for child in seq.children]
 
     def schedule(self) -> StepPlan:
         """Decides the next step; the plan is empty when nothing can run."""
@@ -214,14 +226,6 @@ class Scheduler:
                 if member.finish_reason is not None:
                     self._finish(member, member.finish_reason)
         return advances
-
-    def fail(self, plan: StepPlan) -> list[Sequence]:
-        """The step could not be run: ends every sequence in it; returns them."""
-        failed = []
-        for item in plan.scheduled:
-            failed += [item.seq, *item.seq.children]
-            self._finish(item.seq, FinishReason.ABORT)
-        return failed
 
     def _urgency(self, seq: Sequence) -> tuple[int, float]:
         return (seq.group.priority, seq.arrival)

@@ -71,10 +71,11 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Ends all samples that one `Submit` started; unknown ones are ignored: they have ended."""
+    """Ends all samples of the `Submit` with these fields; an unknown one has ended: no error."""
 
     request_id: str
     attempt: int
+    index: int
 
 
 class GetTokenizer(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -106,10 +107,14 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=18):
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=19):
-    """The request ended with an error; `label` names its class in `errors.REQUEST_ERRORS`."""
+    """The `Submit` with these fields ended with an error, all its samples.
+
+    `label` names the error's class in `errors.REQUEST_ERRORS`.
+    """
 
     request_id: str
     attempt: int
+    index: int
     label: str
     message: str
     param: str | None = None

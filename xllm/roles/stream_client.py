@@ -1,0 +1,365 @@
+"""The master's end of the token stream: one `WorkerStream` per worker, reconnected while it lives.
+
+    CONNECTING ──handshake──> UP ──silence──> SUSPECT
+        ^                      │ <──a frame──    │
+        └──────── connection closed, or silent for too long
+
+When the connection is lost, every request open on it raises `WorkerLost`: the caller decides
+whether another worker takes it over. A request is one attempt on one worker; frames of an attempt
+that is not open here any more are dropped.
+
+A worker is known by its id and epoch. Reaching another one at its address (a restart that etcd has
+not told of yet, an address used again) ends the connection before anything is submitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import random
+from collections.abc import Callable
+
+from xllm.errors import REQUEST_ERRORS, EngineFault, WorkerLost
+from xllm.protocol import (
+    PROTOCOL_VERSION,
+    GenerateRequest,
+    MasterId,
+    TokenDelta,
+    TokenizerFiles,
+    WorkerId,
+    WorkerInfo,
+    WorkerLoad,
+)
+from xllm.roles import frames
+from xllm.roles.delta_queue import DeltaQueue
+from xllm.roles.stream import FrameProtocol, StreamLimits
+
+logger = logging.getLogger(__name__)
+
+RequestKey = tuple[str, int, int]
+
+
+class StreamState(enum.StrEnum):
+    CONNECTING = "connecting"
+    UP = "up"
+    SUSPECT = "suspect"
+    """Connected, but silent."""
+
+
+class WorkerStream:
+    """A worker as this master reaches it. `run` keeps the connection; the rest is synchronous."""
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        master_id: MasterId,
+        on_change: Callable[[], None] = lambda: None,
+        limits: StreamLimits | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.info = info
+        self.state = StreamState.CONNECTING
+        self.draining = False
+        """The worker said that it takes no new requests."""
+        self.step_counter = 0
+        self.session = 0
+        """Of the current connection; counts below are of it, too."""
+        self.num_sent = 0
+        self.num_ended = 0
+        self.master_id = master_id
+        self.on_change = on_change
+        self.limits = limits or StreamLimits()
+        self.rng = rng or random.Random()
+        self._connection: _WorkerConnection | None = None
+        self._open: dict[RequestKey, StreamRequest] = {}
+        """By sample: a request is here once per sample that has not ended."""
+        self._tokenizer: asyncio.Future[TokenizerFiles] | None = None
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self.info.worker_id
+
+    @property
+    def num_requests(self) -> int:
+        return self.num_sent - self.num_ended
+
+    def unreported(self, load: WorkerLoad | None) -> int:
+        """How many of this master's requests run on the worker beyond those in its report."""
+        received = ended = 0
+        watermark = load.watermarks.get(self.master_id) if load is not None else None
+        if watermark is not None and watermark.session == self.session:
+            received, ended = watermark.received, watermark.ended
+        return max(0, self.num_sent - received) - max(0, self.num_ended - ended)
+
+    def submit(self, request: GenerateRequest) -> StreamRequest:
+        """Sends one attempt. (request_id, attempt, sample index) must not be open here.
+
+        Raises: WorkerLost when there is no connection; EngineFault when it does not fit a frame.
+        """
+        if self._connection is None:
+            raise WorkerLost(f"worker {self.worker_id} is not connected")
+        opened = StreamRequest(self, request)
+        assert not any(key in self._open for key in opened.open_keys)
+        try:
+            self._connection.send(frames.Submit(request))
+        except frames.FrameError as error:
+            raise EngineFault(str(error)) from error
+        self.num_sent += 1
+        for key in opened.open_keys:
+            self._open[key] = opened
+        return opened
+
+    async def fetch_tokenizer(self, timeout_s: float = 30.0) -> TokenizerFiles:
+        """The tokenizer of the worker's model.
+
+        Raises: WorkerLost when there is no connection, it is lost, or nothing comes in time.
+        """
+        if self._connection is None:
+            raise WorkerLost(f"worker {self.worker_id} is not connected")
+        if self._tokenizer is None:
+            self._tokenizer = asyncio.get_running_loop().create_future()
+            self._connection.send(frames.GetTokenizer())
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self._tokenizer)
+        except TimeoutError as error:
+            raise WorkerLost(f"worker {self.worker_id} sent no tokenizer") from error
+
+    def expect(self, info: WorkerInfo) -> None:
+        """The worker registered anew. A connection that still works is kept: a process that was
+        replaced has closed it."""
+        moved = info.address != self.info.address
+        self.info = info
+        if moved and self._connection is not None:
+            self._connection.abort("the worker has moved")
+
+    async def run(self) -> None:
+        """Connects, and connects again, until cancelled; then every open request is lost."""
+        backoff_s = self.limits.min_backoff_s
+        last_reason = ""
+        while True:
+            connection = _WorkerConnection(self)
+            try:
+                if await self._connect(connection):
+                    backoff_s = self.limits.min_backoff_s
+                    last_reason = ""
+                    await connection.wait_closed()
+            finally:
+                connection.abort("this master stops")
+            if connection.close_reason != last_reason:
+                last_reason = connection.close_reason
+                logger.info(
+                    "worker_not_connected worker_id=%s address=%s reason=%r",
+                    self.worker_id,
+                    self.info.address,
+                    last_reason,
+                )
+            await asyncio.sleep(backoff_s * self.rng.uniform(0.5, 1.0))
+            backoff_s = min(2 * backoff_s, self.limits.max_backoff_s)
+
+    async def _connect(self, connection: _WorkerConnection) -> bool:
+        """Whether there is a connection and its handshake is done."""
+        host, _, port = self.info.address.rpartition(":")
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.limits.connect_s):
+                await loop.create_connection(lambda: connection, host.strip("[]"), int(port))
+            async with asyncio.timeout(self.limits.connect_s):
+                return await connection.shaken
+        except (OSError, TimeoutError) as error:
+            connection.abort("no handshake in time")
+            connection.close_reason = str(error) or "no answer in time"
+            return False
+
+    # What the connection reports
+
+    def connection_up(self, connection: _WorkerConnection, session: int) -> None:
+        self._connection = connection
+        self.session = session
+        self.num_sent = self.num_ended = 0
+        self.draining = False
+        self._change_state(StreamState.UP)
+
+    def connection_lost(self, connection: _WorkerConnection, reason: str) -> None:
+        if self._connection is not connection:
+            return
+        self._connection = None
+        lost = dict.fromkeys(self._open.values())
+        self._open.clear()
+        self.num_ended = self.num_sent
+        self._change_state(StreamState.CONNECTING)
+        error = f"worker {self.worker_id} was lost: {reason}"
+        for opened in lost:
+            opened.open_keys.clear()
+            opened.end(WorkerLost(error))
+        if self._tokenizer is not None and not self._tokenizer.done():
+            self._tokenizer.set_exception(WorkerLost(error))
+            self._tokenizer.exception()
+        self._tokenizer = None
+
+    def handle(self, message: frames.ToMaster) -> None:
+        match message:
+            case frames.Step(deltas):
+                for delta in deltas:
+                    self._take_delta(delta)
+            case frames.Refused():
+                self._take_refusal(message)
+            case frames.Pong(step_counter):
+                self.step_counter = step_counter
+            case frames.TokenizerReply(files):
+                if self._tokenizer is not None and not self._tokenizer.done():
+                    self._tokenizer.set_result(files)
+            case frames.Draining():
+                self.draining = True
+                self.on_change()
+            case _:
+                raise frames.FrameError(f"unexpected {type(message).__name__}")
+
+    def silent_for(self, silence_s: float) -> None:
+        suspect = silence_s > self.limits.suspect_s
+        state = StreamState.SUSPECT if suspect else StreamState.UP
+        if self._connection is not None and state is not self.state:
+            self._change_state(state)
+
+    def _change_state(self, state: StreamState) -> None:
+        if state is not self.state:
+            logger.info("worker_stream worker_id=%s state=%s", self.worker_id, state.value)
+            self.state = state
+        self.on_change()
+
+    # Requests
+
+    def _take_delta(self, delta: TokenDelta) -> None:
+        key = (delta.request_id, delta.attempt, delta.index)
+        opened = self._open.get(key)
+        if opened is None:
+            return
+        opened.push(delta)
+        if delta.finish_reason is not None:
+            del self._open[key]
+            opened.open_keys.discard(key)
+            if not opened.open_keys:
+                self.num_ended += 1
+                opened.end()
+
+    def _take_refusal(self, refused: frames.Refused) -> None:
+        opened = self._open.get((refused.request_id, refused.attempt, refused.index))
+        if opened is None:
+            return
+        self._forget(opened)
+        error_class = REQUEST_ERRORS.get(refused.label, EngineFault)
+        opened.end(
+            error_class(refused.message, param=refused.param, retry_after_s=refused.retry_after_s)
+        )
+
+    def cancel(self, opened: StreamRequest) -> None:
+        """Tells the worker, unless the request has ended."""
+        if opened.open_keys:
+            self._forget(opened)
+            opened.end()
+            if self._connection is not None:
+                request = opened.request
+                self._connection.send(
+                    frames.Cancel(request.request_id, request.attempt, request.index)
+                )
+
+    def _forget(self, opened: StreamRequest) -> None:
+        for key in opened.open_keys:
+            self._open.pop(key, None)
+        opened.open_keys.clear()
+        self.num_ended += 1
+
+
+class StreamRequest(DeltaQueue):
+    """One attempt of a request on one worker; ends with WorkerLost, or what the worker refused it
+    with, or after the last delta of each sample."""
+
+    __slots__ = ("_stream", "open_keys", "request")
+
+    def __init__(self, stream: WorkerStream, request: GenerateRequest) -> None:
+        super().__init__()
+        self.request = request
+        self.open_keys = {
+            (request.request_id, request.attempt, index)
+            for index in range(request.index, request.index + request.n)
+        }
+        """Samples that have not ended."""
+        self._stream = stream
+
+    def cancel(self) -> None:
+        """Stops it; what has arrived can still be read. Idempotent, also after the end."""
+        self._stream.cancel(self)
+
+
+class _WorkerConnection(FrameProtocol):
+    """One connection to a worker; reports to its `WorkerStream` once the handshake is done."""
+
+    def __init__(self, stream: WorkerStream) -> None:
+        super().__init__(stream.limits, frames.MAX_TO_WORKER_BYTES)
+        self.shaken: asyncio.Future[bool] = self.loop.create_future()
+        """True after the handshake, False when the connection closed before."""
+        self.close_reason = ""
+        self._stream = stream
+        self._session = stream.rng.getrandbits(31)
+        self._closed = asyncio.Event()
+        self._ping_handle: asyncio.TimerHandle | None = None
+
+    async def wait_closed(self) -> None:
+        await self._closed.wait()
+
+    def on_open(self) -> None:
+        info = self._stream.info
+        self.send(
+            frames.Hello(
+                PROTOCOL_VERSION,
+                self._stream.master_id,
+                info.worker_id,
+                info.epoch,
+                self._session,
+            )
+        )
+
+    def on_closed(self, reason: str) -> None:
+        if self._ping_handle is not None:
+            self._ping_handle.cancel()
+        self.close_reason = reason
+        if not self.shaken.done():
+            self.shaken.set_result(False)
+        self._closed.set()
+        self._stream.connection_lost(self, reason)
+
+    def on_frame(self, frame: memoryview) -> None:
+        message = frames.decode_to_master(frame)
+        match message:
+            case frames.Welcome():
+                self._be_welcome(message)
+            case frames.Goodbye(reason):
+                self.abort(f"the worker says: {reason}")
+            case _ if self.shaken.done():
+                self._stream.handle(message)
+            case _:
+                raise frames.FrameError("no handshake")
+
+    def _be_welcome(self, welcome: frames.Welcome) -> None:
+        stream = self._stream
+        expected = stream.info
+        if welcome.worker_id != expected.worker_id:
+            raise frames.FrameError(f"reached worker {welcome.worker_id}")
+        if self.shaken.done():
+            return
+        if welcome.epoch != expected.epoch:
+            raise frames.FrameError(f"reached epoch {welcome.epoch}, not {expected.epoch}")
+        self.accept_frames_of(frames.MAX_TO_MASTER_BYTES)
+        self.shaken.set_result(True)
+        self._ping_handle = self.loop.call_later(self.limits.ping_s, self._ping)
+        stream.connection_up(self, self._session)
+
+    def _ping(self) -> None:
+        silence_s = self.loop.time() - self.last_received
+        if silence_s > self.limits.lost_s:
+            self.abort(f"silent for {silence_s:.1f} s")
+            return
+        self._stream.silent_for(silence_s)
+        self.send(frames.Ping())
+        self._ping_handle = self.loop.call_later(self.limits.ping_s, self._ping)

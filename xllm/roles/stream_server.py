@@ -1,0 +1,317 @@
+"""The worker's end of the token stream: masters connect here, submit requests and get tokens.
+
+A request belongs to the connection it came on. When that closes, however it closes, all its
+requests are cancelled, so no block is held for a master that is gone.
+
+The engine reports every delta of a step within one pass of the event loop; they leave as one
+frame per master.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from xllm.errors import EngineFault, NoWorker, RequestError
+from xllm.protocol import (
+    PROTOCOL_VERSION,
+    Epoch,
+    GenerateRequest,
+    MasterId,
+    TokenDelta,
+    TokenizerFiles,
+    Watermark,
+    WorkerId,
+)
+from xllm.roles import frames
+from xllm.roles.stream import FrameProtocol, StreamLimits
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[TokenDelta | RequestError], None]
+"""Called on the event loop's thread with every delta of a request, or its one error."""
+
+
+class RunningRequest(Protocol):
+    def cancel(self) -> None:
+        """Stops all samples; the listener is not called any more. Idempotent."""
+        ...
+
+
+class RequestEngine(Protocol):
+    """What the stream needs of an engine."""
+
+    @property
+    def step_counter(self) -> int: ...
+
+    def submit(self, request: GenerateRequest, listener: Listener) -> RunningRequest:
+        """Raises: InvalidRequest, Overloaded."""
+        ...
+
+
+class StreamServer:
+    """Accepts masters for one worker."""
+
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        epoch: Epoch,
+        engine: RequestEngine,
+        tokenizer: TokenizerFiles,
+        limits: StreamLimits | None = None,
+    ) -> None:
+        self.worker_id = worker_id
+        self.epoch = epoch
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.limits = limits or StreamLimits()
+        self.draining = False
+        self.connections: set[MasterConnection] = set()
+        self._server: asyncio.Server | None = None
+        self._idle: asyncio.Event | None = None
+
+    async def start(self, listening: socket.socket) -> None:
+        """Serves on a bound socket, which it owns from now on."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: MasterConnection(self), sock=listening, backlog=self.limits.max_connections
+        )
+
+    def close(self) -> None:
+        """Says goodbye to every master; their requests here end as lost."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.connections):
+            connection.leave("the worker stops")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new requests from now on; returns when none runs or the time is over."""
+        self.draining = True
+        for connection in self.connections:
+            connection.send(frames.Draining())
+        self._idle = asyncio.Event()
+        self.check_idle()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+
+    def check_idle(self) -> None:
+        """To be called when a request has ended."""
+        if self._idle is not None and self.num_requests == 0:
+            self._idle.set()
+
+    def change_epoch(self, epoch: Epoch) -> None:
+        """The lease was lost and there is a new one: masters keep their connections."""
+        self.epoch = epoch
+        for connection in self.connections:
+            connection.announce()
+
+    @property
+    def num_requests(self) -> int:
+        return sum(connection.num_requests for connection in self.connections)
+
+    def watermarks(self) -> dict[str, Watermark]:
+        """What a load report taken now already includes, by master."""
+        return {
+            connection.master_id: connection.watermark
+            for connection in self.connections
+            if connection.master_id is not None
+        }
+
+
+class _OpenRequest:
+    """One `Submit` until all its samples have ended."""
+
+    __slots__ = ("num_open_samples", "running")
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_open_samples = num_samples
+        self.running: RunningRequest | None = None
+
+
+class MasterConnection(FrameProtocol):
+    """One master's connection, from accept to close."""
+
+    def __init__(self, server: StreamServer) -> None:
+        super().__init__(server.limits, frames.MAX_TO_MASTER_BYTES)
+        self.master_id: MasterId | None = None
+        """None until the handshake."""
+        self._server = server
+        self._session = 0
+        self._num_received = 0
+        self._num_ended = 0
+        self._open: dict[tuple[str, int, int], _OpenRequest] = {}
+        self._step: list[TokenDelta] = []
+        self._check_handle: asyncio.TimerHandle | None = None
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._open)
+
+    @property
+    def watermark(self) -> Watermark:
+        return Watermark(self._session, self._num_received, self._num_ended)
+
+    def announce(self) -> None:
+        if self.master_id is not None:
+            server = self._server
+            self.send(frames.Welcome(PROTOCOL_VERSION, server.worker_id, server.epoch))
+
+    def leave(self, reason: str) -> None:
+        self.send(frames.Goodbye(reason))
+        self.close(reason)
+
+    # FrameProtocol
+
+    def on_open(self) -> None:
+        self._server.connections.add(self)
+        if len(self._server.connections) > self.limits.max_connections:
+            self.abort("too many connections")
+            return
+        self._check_handle = self.loop.call_later(self.limits.connect_s, self._check)
+
+    def on_closed(self, reason: str) -> None:
+        self._server.connections.discard(self)
+        if self._check_handle is not None:
+            self._check_handle.cancel()
+        abandoned = list(self._open.values())
+        self._open.clear()
+        self._step.clear()
+        for open_request in abandoned:
+            if open_request.running is not None:
+                open_request.running.cancel()
+        self._server.check_idle()
+        logger.info(
+            "master_disconnected master_id=%s num_cancelled=%d reason=%r",
+            self.master_id,
+            len(abandoned),
+            reason,
+        )
+
+    def on_frame(self, frame: memoryview) -> None:
+        message = frames.decode_to_worker(frame)
+        if self.master_id is None:
+            self._shake_hands(message)
+            return
+        match message:
+            case frames.Submit(request):
+                self._submit(request)
+            case frames.Cancel(request_id, attempt, index):
+                self._cancel((request_id, attempt, index))
+            case frames.Ping():
+                self.send(frames.Pong(self._server.engine.step_counter))
+            case frames.GetTokenizer():
+                self._send_tokenizer()
+            case frames.Hello():
+                raise frames.FrameError("a second handshake")
+
+    def _shake_hands(self, message: frames.ToWorker) -> None:
+        """A later proof of a shared secret belongs here: until this returns, nothing is served."""
+        server = self._server
+        if not isinstance(message, frames.Hello):
+            raise frames.FrameError("no handshake")
+        if message.protocol_version != PROTOCOL_VERSION:
+            self.leave(
+                f"protocol version {message.protocol_version} of the master is not "
+                f"{PROTOCOL_VERSION} of the worker: run the same version of xllm on both"
+            )
+        elif message.worker_id != server.worker_id:
+            self.leave(f"this is worker {server.worker_id}, not {message.worker_id}")
+        else:
+            self.master_id = message.master_id
+            self._session = message.session
+            self.accept_frames_of(frames.MAX_TO_WORKER_BYTES)
+            self.announce()
+            if server.draining:
+                self.send(frames.Draining())
+            logger.info("master_connected master_id=%s", message.master_id)
+
+    def _check(self) -> None:
+        """Ends a connection that never said who it is, or whose other side is silently gone."""
+        silence_s = self.loop.time() - self.last_received
+        if self.master_id is None:
+            self.abort("no handshake in time")
+        elif silence_s > self.limits.lost_s:
+            self.abort(f"silent for {silence_s:.1f} s")
+        else:
+            self._check_handle = self.loop.call_later(self.limits.ping_s, self._check)
+
+    # Requests
+
+    def _submit(self, request: GenerateRequest) -> None:
+        key = (request.request_id, request.attempt, request.index)
+        self._num_received += 1
+        if self._server.draining:
+            self._num_ended += 1
+            self._refuse(key, NoWorker("the worker is draining"))
+            return
+        if key in self._open:
+            # Not an answer: it would end the one that runs.
+            raise frames.FrameError(f"request {request.request_id} was submitted twice")
+        open_request = self._open[key] = _OpenRequest(request.n)
+
+        def listen(news: TokenDelta | RequestError) -> None:
+            if self._open.get(key) is not open_request:
+                return
+            if isinstance(news, RequestError):
+                self._cancel(key)
+                self._refuse(key, news)
+                return
+            if not self._step:
+                self.loop.call_soon(self._send_step)
+            self._step.append(news)
+            if news.finish_reason is not None:
+                open_request.num_open_samples -= 1
+                if open_request.num_open_samples == 0:
+                    del self._open[key]
+                    self._num_ended += 1
+                    self._server.check_idle()
+
+        try:
+            open_request.running = self._server.engine.submit(request, listen)
+        except RequestError as error:
+            self._cancel(key)
+            self._refuse(key, error)
+
+    def _cancel(self, key: tuple[str, int, int]) -> None:
+        open_request = self._open.pop(key, None)
+        if open_request is not None:
+            self._num_ended += 1
+            self._server.check_idle()
+            if open_request.running is not None:
+                open_request.running.cancel()
+
+    def _refuse(self, key: tuple[str, int, int], error: RequestError) -> None:
+        self._send_step()
+        self.send(
+            frames.Refused(*key, error.label, error.message, error.param, error.retry_after_s)
+        )
+
+    def _send_step(self) -> None:
+        deltas, self._step = self._step, []
+        if not deltas:
+            return
+        try:
+            self.send(frames.Step(deltas))
+        except frames.FrameError:
+            for delta in deltas:
+                self._send_delta(delta)
+
+    def _send_delta(self, delta: TokenDelta) -> None:
+        """For a step that does not fit one frame: log-probabilities of whole prompts."""
+        try:
+            self.send(frames.Step([delta]))
+        except frames.FrameError as error:
+            key = (delta.request_id, delta.attempt, delta.index)
+            self._cancel(key)
+            self._refuse(key, EngineFault(f"the answer is too large: {error}"))
+
+    def _send_tokenizer(self) -> None:
+        try:
+            self.send(frames.TokenizerReply(self._server.tokenizer))
+        except frames.FrameError as error:
+            self.leave(f"{error}: start the master with --tokenizer_path")

@@ -8,9 +8,11 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -123,7 +125,7 @@ class Rig:
         self.tiers.committed(name(i), None if parent is None else name(parent), block_id)
 
     def evict(self, i: int, block_id: int) -> None:
-        self.tiers.evicted(name(i), block_id)
+        self.tiers.evicted(name(i))
         self.blocks[block_id] = 0
 
     def run_one(self) -> bool:
@@ -415,6 +417,8 @@ def test_threads_move_many_blocks_and_end(tmp_path: Path) -> None:
 
 NUM_BLOCKS = 8
 NUM_IDS = 6
+PICKS = st.integers(0, 99)
+"""Chooses one of however many there are."""
 
 
 class TiersMachine(RuleBasedStateMachine):
@@ -431,6 +435,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.busy: set[int] = set()
         self.index: dict[TierName, set[BlockHash]] = {TierName.HOST: set(), TierName.DISK: set()}
         """As an outsider knows it from the events."""
+        self.happened: Counter[str] = Counter()
 
     @initialize(
         policy=st.sampled_from(DiskWritePolicy),
@@ -463,10 +468,10 @@ class TiersMachine(RuleBasedStateMachine):
                 self.named[block_id] = i
                 self.rig.compute(i, block_id, i - 1 if i else None)
 
-    @precondition(lambda self: self.named)
-    @rule(data=st.data(), limit=st.integers(1, NUM_BLOCKS))
-    def evict(self, data: st.DataObject, limit: int) -> None:
-        for block_id in data.draw(st.permutations(sorted(self.named)))[:limit]:
+    @rule(pick=PICKS, limit=st.integers(1, NUM_BLOCKS))
+    def evict(self, pick: int, limit: int) -> None:
+        for _ in range(min(limit, len(self.named))):
+            block_id = sorted(self.named)[pick % len(self.named)]
             self.rig.evict(self.named.pop(block_id), block_id)
             self.free.add(block_id)
 
@@ -499,10 +504,9 @@ class TiersMachine(RuleBasedStateMachine):
         self.loading[ticket] = (ids[: len(found)], block_ids)
 
     @precondition(lambda self: self.loading)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        position = data.draw(st.integers(0, len(self.loading) - 1))
-        ticket = list(self.loading)[position]
+    @rule(pick=PICKS)
+    def cancel(self, pick: int) -> None:
+        ticket = list(self.loading)[pick % len(self.loading)]
         self.rig.tiers.cancel(ticket)
         self.finish(ticket)
 
@@ -521,10 +525,9 @@ class TiersMachine(RuleBasedStateMachine):
             self.running.append(transfer)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def end_transfer(self, data: st.DataObject) -> None:
-        position = data.draw(st.integers(0, len(self.running) - 1))
-        self.rig.mover.run(self.running.pop(position))
+    @rule(pick=PICKS)
+    def end_transfer(self, pick: int) -> None:
+        self.rig.mover.run(self.running.pop(pick % len(self.running)))
 
     @rule()
     def poll(self) -> None:
@@ -541,6 +544,7 @@ class TiersMachine(RuleBasedStateMachine):
         ids, block_ids = self.loading.pop(ticket)
         busy = set(ticket.busy_block_ids)
         self.busy |= busy
+        self.happened["arrived"] += ticket.num_arrived
         for position, (i, block_id) in enumerate(zip(ids, block_ids, strict=True)):
             if position < ticket.num_arrived:
                 assert block_id not in busy
@@ -578,16 +582,22 @@ class TiersMachine(RuleBasedStateMachine):
     def set_disk_error(self, error: int) -> None:
         self.rig.io.error = error
 
-    @precondition(lambda self: hasattr(self, "rig"))
     @rule()
     def restart(self) -> None:
         """A clean stop; what is on the device and in the host is gone."""
         self.drain()
         self.rig.io.error = 0
-        self.rig.tiers.close()
+        self.close()
         self.rig = self.make_rig()
         self.free, self.named = set(range(NUM_BLOCKS)), {}
         self.index = {TierName.HOST: set(), TierName.DISK: set()}
+
+    def close(self) -> None:
+        statistics = self.rig.tiers.statistics()
+        self.happened["torn"] += statistics.stores.num_torn
+        self.happened["timeouts"] += statistics.loads.num_timeouts
+        self.happened["corrupt"] += statistics.loads.num_corrupt
+        self.rig.tiers.close()
 
     def drain(self) -> None:
         """Lets everything end: nothing is pinned, reserved or busy any more."""
@@ -633,9 +643,46 @@ class TiersMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "rig"):
             self.drain()
-            self.rig.tiers.close()
+            self.close()
         shutil.rmtree(self.directory)
 
 
 TestTiersMachine = TiersMachine.TestCase
-TestTiersMachine.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestTiersMachine.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_long_random_histories(seed: int) -> None:
+    """The same rules, for as long as it takes rare things to meet: `minimum` says what has to
+    have happened."""
+    random = Random(seed)
+    machine = TiersMachine()
+    policy = list(DiskWritePolicy)[seed % 3]
+    host_slots, disk_slots = [(4, 5), (0, 5), (4, 0), (4, 5)][seed // 3]
+    machine.build(policy, host_slots, disk_slots, addressable=seed % 2 == 0)
+    rules: list[tuple[int, Callable[[], None]]] = [
+        (20, lambda: machine.compute(random.randint(1, NUM_IDS))),
+        (20, lambda: machine.evict(random.randrange(99), random.randint(1, NUM_BLOCKS))),
+        (12, lambda: machine.use(random.randint(1, NUM_IDS))),
+        (20, lambda: machine.load(random.randint(0, 2))),
+        (40, lambda: machine.advance(random.randint(1, 8))),
+        (12, machine.begin_transfer),
+        (12, lambda: machine.running and machine.end_transfer(random.randrange(99))),
+        (20, machine.poll),
+        (4, lambda: machine.loading and machine.cancel(random.randrange(99))),
+        (8, lambda: machine.pass_time(random.choice([0.5, 3.0, 70.0]))),
+        (1, machine.clear_device),
+        (1, lambda: machine.clear_tier(random.choice([TierName.HOST, TierName.DISK]))),
+        (2, lambda: machine.flip_host_bit(random.randrange(4))),
+        (2, lambda: machine.flip_disk_bit(random.randrange(5), random.random() < 0.3)),
+        (1, lambda: machine.set_disk_error(random.choice([5, 28, 30]))),
+        (3, lambda: machine.set_disk_error(0)),
+        (1, machine.restart),
+    ]
+    weights = [weight for weight, _ in rules]
+    for _, step in random.choices(rules, weights, k=2500):
+        step()
+        machine.holds()
+    machine.teardown()
+    minimum = {"arrived": 30, "torn": 5, "timeouts": 1, "corrupt": 1}
+    assert all(machine.happened[what] >= count for what, count in minimum.items()), machine.happened

@@ -304,6 +304,41 @@ def test_a_cancelled_load_gives_back_what_was_not_begun(tmp_path: Path) -> None:
     rig.tiers.close()
 
 
+def test_a_load_of_what_has_gone_is_done_at_once(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    gone = [(name(0), TierName.HOST, 3), (name(1), TierName.DISK, 4)]
+    ticket = rig.tiers.start_load(gone, timeout_s=1.0)
+    assert ticket.is_done
+    assert rig.tiers.poll() == [ticket]
+    assert (ticket.num_arrived, ticket.busy_block_ids) == (0, [])
+    cancelled = rig.tiers.start_load(gone, timeout_s=1.0)
+    rig.tiers.cancel(cancelled)
+    assert rig.tiers.poll() == []
+    rig.tiers.close()
+
+
+def test_a_block_that_ends_before_its_ticket_is_seen_is_not_given_back_twice(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(tmp_path)
+    rig.compute(0, 0)
+    rig.settle()
+    rig.compute(1, 1)
+    rig.settle()
+    assert rig.tiers.host is not None
+    rig.tiers.host.table.discard(name(1))
+    found = rig.tiers.match([name(0), name(1)])
+    assert found == [TierName.HOST, TierName.DISK]
+    ticket = rig.load([0, 1], [8, 9])
+    rig.tiers.host.slot(0)[0] ^= 1
+    while rig.run_one():
+        pass
+    assert rig.tiers.poll() == [ticket], "both transfers end in one poll, the first has failed"
+    assert (ticket.num_arrived, ticket.busy_block_ids) == (0, [])
+    assert rig.tiers.take_returned_blocks() == []
+    rig.tiers.close()
+
+
 @pytest.mark.parametrize("tier", [TierName.HOST, TierName.DISK])
 def test_a_flipped_bit_ends_the_prefix_and_drops_the_block(tmp_path: Path, tier: TierName) -> None:
     rig = Rig(tmp_path, host_slots=6 if tier is TierName.HOST else 0)

@@ -33,7 +33,7 @@ WORKER_PORTS = (8010, 8011)
 NUM_WORKERS = len(WORKER_PORTS)
 URL = f"http://127.0.0.1:{HTTP_PORT}"
 
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of France? Answer in one sentence."
 ANSWER_HAS = "Paris"
 
 READY_TIMEOUT_S = 180.0

@@ -116,7 +116,7 @@ async def test_alive_is_told_by_the_local_clock_alone(client: EtcdClient) -> Non
 
 async def test_a_key_held_by_a_live_process_fences_another_one(client: EtcdClient) -> None:
     owner, rival = Session(client, 1.0), Session(client, 1.0)
-    async with running(owner):
+    async with running(owner), running(rival):
         await owner.register(KEY, b"owner", exclusive=True)
         with pytest.raises(Fenced, match=KEY):
             await rival.register(KEY, b"rival", exclusive=True)
@@ -124,7 +124,6 @@ async def test_a_key_held_by_a_live_process_fences_another_one(client: EtcdClien
         assert kv is not None
         assert kv.value == b"owner"
         assert owner.alive
-    await rival.close()
 
 
 async def test_a_dead_predecessor_is_waited_for(client: EtcdClient) -> None:
@@ -151,6 +150,61 @@ async def test_a_session_whose_key_was_taken_meanwhile_ends_fenced(client: EtcdC
             with pytest.raises(Fenced):
                 await loser.run()
     await loser.close()
+
+
+async def test_without_its_exclusive_key_a_session_writes_nothing_until_it_is_back(
+    client: EtcdClient,
+) -> None:
+    session = Session(client, 1.0)
+    await session.register(KEY, b"", exclusive=True)
+    await session.register(LOAD, b"1")
+    await client.delete(KEY)
+    await session.update(LOAD, b"2")
+    load = await client.get(LOAD)
+    assert load is not None
+    assert load.value == b"1"
+    async with running(session):
+
+        async def written() -> bool:
+            load = await client.get(LOAD)
+            return load is not None and load.value == b"2"
+
+        await until(written)
+        kv = await client.get(KEY)
+        assert kv is not None
+        assert kv.lease == session.epoch
+
+
+async def test_updates_in_a_row_end_with_the_last_value(client: EtcdClient) -> None:
+    session = Session(client, 1.0)
+    count = 0
+
+    def value(_: Epoch) -> bytes:
+        return b"%d" % count
+
+    await session.register(LOAD, value)
+    updates = []
+    for number in range(1, 6):
+        count = number
+        updates.append(asyncio.create_task(session.update(LOAD, value)))
+        await asyncio.sleep(0)
+    await asyncio.gather(*updates)
+    kv = await client.get(LOAD)
+    assert kv is not None
+    assert kv.value == b"5"
+    await session.close()
+
+
+async def test_a_grant_whose_answer_was_lost_is_taken_up(client: EtcdClient) -> None:
+    session = Session(client, 60.0)
+    await client.grant(session.epoch, 60)
+    await session.register(KEY, epoch_value, exclusive=True)
+    assert not session.alive  # nobody knows since when it lives
+    async with running(session):
+        await until(lambda: session.alive, within_s=2.0)
+        kv = await client.get(KEY)
+        assert kv is not None
+        assert kv.lease == session.epoch
 
 
 async def test_a_key_without_a_lease_is_taken_over(client: EtcdClient) -> None:

@@ -22,7 +22,13 @@ from etcd3aio import _protobuf as pb
 
 from xllm.coordination import wire
 from xllm.coordination.endpoints import Endpoint, open_channel, parse_endpoints, resolve
-from xllm.coordination.errors import Compacted, EtcdNoSpace, RequestTooLarge, from_grpc
+from xllm.coordination.errors import (
+    Compacted,
+    EtcdNoSpace,
+    EtcdRefused,
+    RequestTooLarge,
+    from_grpc,
+)
 from xllm.coordination.records import (
     Compare,
     EtcdStatus,
@@ -32,7 +38,7 @@ from xllm.coordination.records import (
     TxnResult,
     prefix_end,
 )
-from xllm.errors import EtcdUnavailable
+from xllm.errors import ConfigError, EtcdUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +85,11 @@ class _Member:
                 if self._target is None:
                     raise
             else:
+                self.suspect = False
                 if target != self._target:
                     self._target = target
                     self._channels.append(open_channel(self.endpoint, target))
-                self.suspect = False
-                self._resolved_at = now
+            self._resolved_at = now
         return self._channels[-1]
 
     async def close(self) -> None:
@@ -113,7 +119,7 @@ class EtcdClient:
     async def connect(self, wait_s: float) -> None:
         """Returns once etcd answers; says so in the log if that is not at once.
 
-        Raises: EtcdUnavailable after `wait_s`.
+        Raises: EtcdUnavailable after `wait_s`; ConfigError if what answers does not let us in.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait_s
@@ -131,6 +137,10 @@ class EtcdClient:
                 if not waiting:
                     log.info("waiting for etcd addr=%s", self.addresses)
                     waiting = True
+            except EtcdRefused as error:
+                raise ConfigError(
+                    f"{error}: expected an etcd 3.4 or newer without authentication"
+                ) from None
             else:
                 if waiting:
                     log.info("etcd_found addr=%s", self.addresses)

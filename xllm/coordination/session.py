@@ -55,7 +55,7 @@ POLL_S = 0.25
 
 
 class _Registration:
-    """A key that is to be there, and the epoch under which its present value was written."""
+    """A key that is to be there, and what of it was written last."""
 
     __slots__ = (
         "exclusive",
@@ -64,6 +64,7 @@ class _Registration:
         "rival_dead_by",
         "settled",
         "value",
+        "version",
         "written",
     )
 
@@ -73,7 +74,10 @@ class _Registration:
         self.exclusive = exclusive
         self.settled = False
         """It was there once; before, `register` is at it and reports what becomes of it."""
-        self.written: Epoch | None = None
+        self.version = 0
+        """Counts the updates: the same callable may stand for another value each time."""
+        self.written: tuple[Epoch, int] | None = None
+        """Epoch and version."""
         self.rival = 0
         """The foreign lease that is in the way of an exclusive key."""
         self.rival_dead_by = math.inf
@@ -147,7 +151,7 @@ class Session:
         """
         registration = self._registrations[key]
         registration.value = value
-        registration.written = None
+        registration.version += 1
         try:
             written = await self._write(registration)
         except EtcdUnavailable as error:
@@ -223,7 +227,8 @@ class Session:
                 await self._keep_alive()
             pending = False
             for registration in list(self._registrations.values()):
-                if registration.settled and registration.written != self._epoch:
+                written = (self._epoch, registration.version)
+                if registration.settled and registration.written != written:
                     pending |= not await self._write(registration)
             if not self._granted and not self._closed:
                 async with self._writing:
@@ -253,6 +258,7 @@ class Session:
         log.warning("etcd_lease_lost epoch=%x", self._epoch)
         self._past_epochs.add(self._epoch)
         self._granted = False
+        self._alive_until = -math.inf
         self._epoch = _new_epoch()
 
     async def _grant(self) -> None:
@@ -266,9 +272,9 @@ class Session:
             self._alive_until = sent_at + self.ttl_s
         except LeaseExists:
             # It is ours, 63 bits do not collide: from an attempt whose answer was lost, at a time
-            # that we do not know.
+            # that we do not know. A keepalive will tell how long it lives.
             self._granted = True
-            await self._keep_alive()
+            self._wake.set()
         log.info("etcd_lease_granted epoch=%x ttl_s=%g", self._epoch, self.ttl_s)
         if self._past_epochs:
             for callback in self._callbacks:
@@ -283,8 +289,9 @@ class Session:
             if self._closed:
                 raise EtcdUnavailable("the session is closed")
             await self._grant()
-            epoch, value = self._epoch, registration.value
-            if registration.written == epoch:
+            epoch = self._epoch
+            current = (epoch, registration.version)
+            if registration.written == current:
                 return True
             if not self._granted:
                 return False
@@ -294,14 +301,16 @@ class Session:
                     done = await self._put_exclusive(registration, put)
                 elif self._guard is not None:
                     done = await self.fenced_txn([put], epoch=epoch)
+                    if not done:  # taken over, or deleted by hand: find out, put it again
+                        self._guard.written = None
                 else:
                     await self.client.put(put.key, put.value, put.lease_id)
                     done = True
             except LeaseNotFound:
                 self._end_epoch(epoch)
                 return False
-            if done and registration.value is value:
-                registration.written = epoch
+            if done:
+                registration.written = current
             return done
 
     async def _put_exclusive(self, registration: _Registration, put: Put) -> bool:

@@ -114,9 +114,9 @@ async def watch_prefix(client: EtcdClient, prefix: str) -> AsyncGenerator[WatchI
             while True:
                 try:
                     await history.check(client)
+                    interrupted = False
                     async with aclosing(_stream(client, history)) as stream:
                         async for changes in stream:
-                            interrupted = False
                             yield changes
                 except EtcdUnavailable as error:
                     if not interrupted:
@@ -142,7 +142,7 @@ async def _read_snapshot(client: EtcdClient, prefix: str) -> Snapshot:
 async def _stream(client: EtcdClient, history: _History) -> AsyncGenerator[list[Change], None]:
     """One connection's worth of changes after `history.revision`.
 
-    Raises: EtcdUnavailable when it ends, Compacted, _Diverged.
+    Raises: EtcdUnavailable when it ends, Compacted.
     """
     create = pb.WatchCreateRequest(
         key=history.prefix.encode(),
@@ -150,11 +150,10 @@ async def _stream(client: EtcdClient, history: _History) -> AsyncGenerator[list[
         start_revision=history.revision + 1,
         fragment=True,
     )
+    events: list[Any] = []
     async with client.watch_call() as call:
-        async with asyncio.timeout(client.timeout_s):
-            await call.write(pb.WatchRequest(create_request=create))
-        events: list[Any] = []
-        async with aclosing(_responses(call)) as responses:
+        first = pb.WatchRequest(create_request=create)
+        async with aclosing(_responses(call, first, client.timeout_s)) as responses:
             async for response in responses:
                 if response.compact_revision:
                     raise Compacted(f"revisions up to {response.compact_revision} are gone")
@@ -175,14 +174,16 @@ def _start_of_last_revision(events: Sequence[Any]) -> int:
     return max(index, 0)
 
 
-async def _responses(call: Any) -> AsyncGenerator[Any, None]:
-    """What the stream says, asked for a sign of life whenever it is silent.
+async def _responses(call: Any, first: Any, timeout_s: float) -> AsyncGenerator[Any, None]:
+    """What etcd answers to the first request, and to heartbeats whenever it is silent.
 
     Raises: EtcdUnavailable when the member does not answer or ends the stream.
     """
     reading: asyncio.Task[Any] | None = None
     unanswered = 0
     try:
+        async with asyncio.timeout(timeout_s):
+            await call.write(first)
         while True:
             if reading is None:
                 reading = asyncio.create_task(call.read())
@@ -202,6 +203,8 @@ async def _responses(call: Any) -> AsyncGenerator[Any, None]:
                     await call.write(_progress_request())
     except TimeoutError:
         raise EtcdUnavailable("etcd does not read what a watch sends") from None
+    except asyncio.InvalidStateError:  # a heartbeat met the end of the stream
+        raise EtcdUnavailable("etcd ended the watch") from None
     finally:
         if reading is not None:
             reading.cancel()

@@ -102,6 +102,11 @@ class Runner:
             faulty.update(start + row for row in sampled.faulty_rows)
         return SampledTokens(token_ids, logprobs, frozenset(faulty))
 
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[R, V] float32: runs one step and samples nothing. For evaluation: R is not bounded."""
+        return self._decoder.logits(self._decoder.forward(batch, self._cache))
+
     def _load_decoder(self, model_path: Path) -> Decoder:
         kernels = select_kernels(self.device, self.dtype)
         with (

@@ -28,6 +28,8 @@ class Cluster:
         self._master_id = master_id
         self._metrics = metrics
         self._limits = limits
+        self.changed = asyncio.Event()
+        """Set whenever a worker came, went or changed; cleared by whoever waits for it."""
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[WorkerStream, asyncio.Task[None]] = {}
 
@@ -69,6 +71,7 @@ class Cluster:
     def _sync_streams(self) -> None:
         if self._tasks is None:
             return
+        self.changed.set()
         wanted = self.registry.streams()
         for stream in self._running.keys() - wanted:
             self._running.pop(stream).cancel()

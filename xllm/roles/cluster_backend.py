@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
 
-from xllm.errors import NoWorker, WorkerLost
+from xllm.errors import ConfigError, NoWorker, UnknownModel, WorkerLost
 from xllm.protocol import GenerateRequest, ModelCard, TokenDelta, WorkerId
 from xllm.roles.global_scheduler import Policy
 from xllm.roles.registry import Registry
@@ -49,6 +50,16 @@ class ClusterBackend:
                 self._tokenizers[fingerprint] = await self._fetch_tokenizer(model_id)
             return self._tokenizers[fingerprint]
 
+    async def fetch_tokenizers(self, changed: asyncio.Event) -> None:
+        """Gets each model's tokenizer when its first worker comes, so that no request waits for
+        it; until cancelled. `changed` is set when there may be a new model."""
+        while True:
+            await changed.wait()
+            changed.clear()
+            for card in self.model_cards():
+                with contextlib.suppress(UnknownModel, NoWorker):
+                    await self.tokenizer(card.model_id)
+
     async def _fetch_tokenizer(self, model_id: str) -> Tokenizer:
         """Raises: UnknownModel, NoWorker."""
         for member in self._registry.usable(model_id):
@@ -56,11 +67,11 @@ class ClusterBackend:
             assert member.stream is not None
             try:
                 files = await member.stream.fetch_tokenizer()
-            except WorkerLost as error:
-                logger.info("tokenizer_not_fetched worker_id=%s reason=%r", worker_id, str(error))
+                # Parsing a large vocabulary takes longer than the event loop may be kept.
+                tokenizer = await asyncio.to_thread(Tokenizer.from_files, files)
+            except (WorkerLost, ConfigError) as error:
+                logger.warning("no_tokenizer worker_id=%s reason=%r", worker_id, str(error))
                 continue
-            # Parsing a large vocabulary takes longer than the event loop may be kept.
-            tokenizer = await asyncio.to_thread(Tokenizer.from_files, files)
             logger.info("tokenizer_fetched model_id=%s worker_id=%s", model_id, worker_id)
             return tokenizer
         raise NoWorker("no worker could send the model's tokenizer; try again", retry_after_s=1)

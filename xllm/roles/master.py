@@ -90,6 +90,7 @@ async def run_master(config: MasterConfig) -> None:
         await session.register(keys.master(info.master_id), msgspec.json.encode(info))
         metrics.lease_epochs.inc()
         tasks.create_task(Election(session, keys.leader, info.master_id.encode()).run())
+        tasks.create_task(backend.fetch_tokenizers(cluster.changed))
         await cluster.follow(client, keys)
 
 

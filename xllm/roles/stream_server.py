@@ -276,6 +276,11 @@ class MasterConnection(FrameProtocol):
         except RequestError as error:
             self._cancel(key)
             self._refuse(key, error)
+        except Exception:
+            # Let through, it would end the connection and with it all other requests.
+            logger.exception("submit_failed request_id=%s", request.request_id)
+            self._cancel(key)
+            self._refuse(key, EngineFault("the worker could not begin the request"))
 
     def _cancel(self, key: tuple[str, int, int]) -> None:
         open_request = self._open.pop(key, None)

@@ -2,6 +2,7 @@
 
     keys.py       the layout of the keys
     records.py    what is read and written, without grpc's types
+    wire.py       records to and from the generated messages
     errors.py     what etcd may answer beside a result
     endpoints.py  where it is
     client.py     calls with deadlines and failover
@@ -23,6 +24,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from xllm.coordination.client import EtcdClient
+from xllm.coordination.election import Election
+from xllm.coordination.embedded import EmbeddedEtcd, ensure_etcd, find_etcd_binary
 from xllm.coordination.errors import (
     Compacted,
     EtcdNoSpace,
@@ -64,6 +67,8 @@ __all__ = [
     "CompareModRevision",
     "Delete",
     "DeleteRange",
+    "Election",
+    "EmbeddedEtcd",
     "EtcdClient",
     "EtcdNoSpace",
     "EtcdRefused",
@@ -79,5 +84,7 @@ __all__ = [
     "Session",
     "Snapshot",
     "TxnResult",
+    "ensure_etcd",
+    "find_etcd_binary",
     "watch_prefix",
 ]

@@ -11,68 +11,89 @@ own earlier success by what it finds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc
 from etcd3aio import _protobuf as pb
 
-from xllm.coordination.endpoints import Endpoint, open_channel, parse_endpoints
-from xllm.coordination.errors import RequestTooLarge, from_grpc
+from xllm.coordination import wire
+from xllm.coordination.endpoints import Endpoint, open_channel, parse_endpoints, resolve
+from xllm.coordination.errors import (
+    Compacted,
+    EtcdNoSpace,
+    EtcdRefused,
+    RequestTooLarge,
+    from_grpc,
+)
 from xllm.coordination.records import (
     Compare,
-    CompareCreateRevision,
-    CompareLease,
-    Delete,
-    DeleteRange,
     EtcdStatus,
-    Get,
     KeyValue,
     Op,
-    Put,
     Snapshot,
     TxnResult,
     prefix_end,
 )
-from xllm.errors import EtcdUnavailable
+from xllm.errors import ConfigError, EtcdUnavailable
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 3 << 19
 """1.5 MiB: etcd's default for one request, with all the puts of a txn."""
 
-PAGE_KEYS = 256
-"""Keys per page of a range read."""
+PAGE_KEYS = 40
+"""Per page of a range read: so many of the largest requests fit one response."""
 
 RETRY_DELAY_S = 0.1
 """Pause after every endpoint has failed once."""
+
+RESOLVE_AGAIN_S = 2.0
+"""The least time between two look-ups of one name."""
 
 _T = TypeVar("_T")
 
 
 class _Member:
-    """One endpoint and its channel, opened when first used."""
+    """One endpoint and its channel, opened when first used.
 
-    __slots__ = ("_channel", "endpoint")
+    After a failure, the name is looked up again: a server may come back under another address.
+    A channel that was replaced stays open until the client is closed, because closing it would
+    cancel the calls of other tasks that are still on it.
+    """
+
+    __slots__ = ("_channels", "_resolved_at", "_target", "endpoint", "suspect")
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self._channel: grpc.aio.Channel | None = None
+        self.suspect = True
+        """A call failed since the name was resolved."""
+        self._target: str | None = None
+        self._resolved_at = -math.inf
+        self._channels: list[grpc.aio.Channel] = []
 
     async def channel(self, timeout_s: float) -> grpc.aio.Channel:
-        if self._channel is None:
-            opened = await open_channel(self.endpoint, timeout_s)
-            if self._channel is None:
-                self._channel = opened
-            else:  # another call was quicker
-                await opened.close()
-        return self._channel
+        """Raises: EtcdUnavailable if the host's name never could be resolved."""
+        now = asyncio.get_running_loop().time()
+        if self.suspect and now - self._resolved_at > RESOLVE_AGAIN_S:
+            try:
+                target = await resolve(self.endpoint, timeout_s)
+            except EtcdUnavailable:
+                if self._target is None:
+                    raise
+            else:
+                self.suspect = False
+                if target != self._target:
+                    self._target = target
+                    self._channels.append(open_channel(self.endpoint, target))
+            self._resolved_at = now
+        return self._channels[-1]
 
     async def close(self) -> None:
-        channel, self._channel = self._channel, None
-        if channel is not None:
+        for channel in self._channels:
             await channel.close(None)
 
 
@@ -98,14 +119,15 @@ class EtcdClient:
     async def connect(self, wait_s: float) -> None:
         """Returns once etcd answers; says so in the log if that is not at once.
 
-        Raises: EtcdUnavailable after `wait_s`.
+        Raises: EtcdUnavailable after `wait_s`; ConfigError if what answers does not let us in.
         """
-        deadline = asyncio.get_running_loop().time() + wait_s
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s
         waiting = False
         while True:
-            left_s = deadline - asyncio.get_running_loop().time()
+            left_s = deadline - loop.time()
             try:
-                await self._call("KV", "Range", _one_key("/xllm/"), min(1.0, max(left_s, 0.05)))
+                await self.ping(max(0.1, min(1.0, left_s)))
             except EtcdUnavailable as error:
                 if left_s <= 0:
                     raise EtcdUnavailable(
@@ -115,13 +137,21 @@ class EtcdClient:
                 if not waiting:
                     log.info("waiting for etcd addr=%s", self.addresses)
                     waiting = True
-                await asyncio.sleep(min(RETRY_DELAY_S, left_s))
+            except EtcdRefused as error:
+                raise ConfigError(
+                    f"{error}: expected an etcd 3.4 or newer without authentication"
+                ) from None
             else:
                 if waiting:
                     log.info("etcd_found addr=%s", self.addresses)
                 return
 
+    async def ping(self, timeout_s: float) -> None:
+        """Raises: EtcdUnavailable if etcd cannot answer a read in that time."""
+        await self._call("KV", "Range", wire.one_key("/xllm/"), timeout_s)
+
     async def close(self) -> None:
+        """Ends calls that are still running with CancelledError: end their tasks first."""
         for member in self._members:
             await member.close()
 
@@ -132,32 +162,48 @@ class EtcdClient:
 
         Raises: Compacted.
         """
-        request = _one_key(key)
-        request.revision = revision
-        response = await self._call("KV", "Range", request)
-        return _key_value(response.kvs[0]) if response.kvs else None
+        response = await self._call("KV", "Range", wire.one_key(key, revision))
+        return wire.key_value(response.kvs[0]) if response.kvs else None
 
     async def range(self, prefix: str) -> Snapshot:
         """All keys under `prefix` at one revision, read a page at a time."""
+        while True:
+            with contextlib.suppress(Compacted):  # between two pages: start over
+                return await self._range_once(prefix)
+
+    async def _range_once(self, prefix: str) -> Snapshot:
         kvs: list[KeyValue] = []
         request = pb.RangeRequest(
             key=prefix.encode(), range_end=prefix_end(prefix), limit=PAGE_KEYS
         )
         while True:
             response = await self._call("KV", "Range", request)
-            kvs.extend(map(_key_value, response.kvs))
+            kvs.extend(map(wire.key_value, response.kvs))
             if not request.revision:
                 request.revision = response.header.revision
             if not response.more:
                 return Snapshot(request.revision, tuple(kvs))
             request.key = response.kvs[-1].key + b"\0"
 
+    async def is_empty(self, prefix: str, *, revision: int = 0) -> bool:
+        """Whether there is, or was at `revision`, no key under `prefix`.
+
+        Raises: Compacted; EtcdRefused for a revision that is yet to come.
+        """
+        request = pb.RangeRequest(
+            key=prefix.encode(), range_end=prefix_end(prefix), revision=revision, count_only=True
+        )
+        return bool((await self._call("KV", "Range", request)).count == 0)
+
     async def put(self, key: str, value: bytes, lease_id: int = 0) -> int:
         """Returns the revision.
 
         Raises: RequestTooLarge, LeaseNotFound.
         """
-        _check_size(key, value)
+        if len(key) + len(value) > MAX_REQUEST_BYTES:
+            raise RequestTooLarge(
+                f"{key} with {len(value)} bytes: etcd takes {MAX_REQUEST_BYTES} per request"
+            )
         request = pb.PutRequest(key=key.encode(), value=value, lease=lease_id)
         response = await self._call("KV", "Put", request)
         return int(response.header.revision)
@@ -181,9 +227,9 @@ class EtcdClient:
         Raises: RequestTooLarge, LeaseNotFound.
         """
         request = pb.TxnRequest(
-            compare=[_compare(c) for c in compare],
-            success=[_request_op(op) for op in success],
-            failure=[_request_op(op) for op in failure],
+            compare=[wire.compare(c) for c in compare],
+            success=[wire.request_op(op) for op in success],
+            failure=[wire.request_op(op) for op in failure],
         )
         size = request.ByteSize()
         if size > MAX_REQUEST_BYTES:
@@ -192,7 +238,7 @@ class EtcdClient:
             )
         response = await self._call("KV", "Txn", request)
         gets = tuple(
-            _key_value(r.response_range.kvs[0]) if r.response_range.kvs else None
+            wire.key_value(r.response_range.kvs[0]) if r.response_range.kvs else None
             for r in response.responses
             if r.HasField("response_range")
         )
@@ -255,12 +301,18 @@ class EtcdClient:
             db_size_bytes=response.dbSize,
             db_size_in_use_bytes=response.dbSizeInUse,
             has_leader=bool(response.leader),
+            is_leader=response.leader == response.header.member_id,
             no_space=any("NOSPACE" in error for error in response.errors),
         )
 
+    async def member_names(self) -> frozenset[str]:
+        """The `--name`s of the cluster's members."""
+        response = await self._call("Cluster", "MemberList", pb.MemberListRequest())
+        return frozenset(member.name for member in response.members)
+
     # Calls
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def watch_call(self) -> AsyncIterator[Any]:
         """An open Watch stream on the current member, cancelled on leaving the block.
 
@@ -278,10 +330,10 @@ class EtcdClient:
             finally:
                 call.cancel()
         except grpc.aio.AioRpcError as error:
-            await self._give_up_on(index)
+            self._give_up_on(index)
             raise from_grpc(error, str(member.endpoint)) from None
         except EtcdUnavailable:
-            await self._give_up_on(index)
+            self._give_up_on(index)
             raise
 
     async def _call(
@@ -315,57 +367,17 @@ class EtcdClient:
                 failure = from_grpc(error, str(member.endpoint))
             except EtcdUnavailable as error:
                 failure = error
-            if not isinstance(failure, EtcdUnavailable):
+            if not isinstance(failure, EtcdUnavailable) or isinstance(failure, EtcdNoSpace):
                 raise failure
-            await self._give_up_on(index)
+            self._give_up_on(index)
             failures += 1
             delay_s = RETRY_DELAY_S if failures % len(self._members) == 0 else 0.0
             if loop.time() + delay_s >= deadline:
                 raise failure
             await asyncio.sleep(delay_s)
 
-    async def _give_up_on(self, index: int) -> None:
+    def _give_up_on(self, index: int) -> None:
         """Makes the next member current, unless a call that failed earlier did so already."""
+        self._members[index].suspect = True
         if self._current == index:
             self._current = (index + 1) % len(self._members)
-
-
-def _one_key(key: str) -> Any:
-    return pb.RangeRequest(key=key.encode())
-
-
-def _check_size(key: str, value: bytes) -> None:
-    if len(key) + len(value) > MAX_REQUEST_BYTES:
-        raise RequestTooLarge(
-            f"{key} with {len(value)} bytes: etcd takes {MAX_REQUEST_BYTES} per request"
-        )
-
-
-def _key_value(kv: Any) -> KeyValue:
-    return KeyValue(kv.key.decode(), kv.value, kv.create_revision, kv.mod_revision, kv.lease)
-
-
-def _compare(compare: Compare) -> Any:
-    key = compare.key.encode()
-    equal = pb.Compare.EQUAL
-    if isinstance(compare, CompareLease):
-        return pb.Compare(key=key, result=equal, target=pb.Compare.LEASE, lease=compare.lease_id)
-    if isinstance(compare, CompareCreateRevision):
-        return pb.Compare(
-            key=key, result=equal, target=pb.Compare.CREATE, create_revision=compare.revision
-        )
-    return pb.Compare(key=key, result=equal, target=pb.Compare.MOD, mod_revision=compare.revision)
-
-
-def _request_op(op: Op) -> Any:
-    if isinstance(op, Put):
-        put = pb.PutRequest(key=op.key.encode(), value=op.value, lease=op.lease_id)
-        return pb.RequestOp(request_put=put)
-    if isinstance(op, Get):
-        return pb.RequestOp(request_range=_one_key(op.key))
-    if isinstance(op, Delete):
-        delete = pb.DeleteRangeRequest(key=op.key.encode())
-    else:
-        assert isinstance(op, DeleteRange)
-        delete = pb.DeleteRangeRequest(key=op.first.encode(), range_end=op.end.encode())
-    return pb.RequestOp(request_delete_range=delete)

@@ -15,8 +15,8 @@ import grpc
 
 from xllm.errors import ConfigError, EtcdUnavailable
 
-MAX_RESPONSE_BYTES = 32 << 20
-"""gRPC's default of 4 MiB is less than a page of keys or a batch of watch events may take."""
+MAX_RESPONSE_BYTES = 64 << 20
+"""A page of keys (see `client.PAGE_KEYS`); gRPC's default of 4 MiB holds two large ones."""
 
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
@@ -64,17 +64,22 @@ def _parse(text: str) -> Endpoint:
     else:
         host, _, port = rest.partition(":")
     port = port or "2379"
-    if not host or "/" in rest or not port.isdecimal() or not 0 < int(port) < 65536:
+    wrong = not host or "/" in rest or not port.isdecimal() or not 0 < int(port) < 65536
+    if wrong or not _is_name(host):
         raise ConfigError(f"--etcd_addr has {text!r}: expected host:port")
     return Endpoint(host, int(port), tls=scheme == "https")
 
 
-async def open_channel(endpoint: Endpoint, timeout_s: float) -> grpc.aio.Channel:
-    """A channel to the address that the endpoint's name has now; it connects when it is used.
+def _is_name(host: str) -> bool:
+    try:
+        host.encode("idna")
+    except UnicodeError:  # an empty label, or one of more than 63 characters
+        return False
+    return True
 
-    Raises: EtcdUnavailable if the name cannot be resolved in time.
-    """
-    target = await _resolve(endpoint, timeout_s)
+
+def open_channel(endpoint: Endpoint, target: str) -> grpc.aio.Channel:
+    """A channel to `target`, an address of the endpoint; it connects when it is used."""
     options: list[tuple[str, int | str]] = list(_OPTIONS)
     if not endpoint.tls:
         return grpc.aio.insecure_channel(target, options=options)
@@ -82,7 +87,11 @@ async def open_channel(endpoint: Endpoint, timeout_s: float) -> grpc.aio.Channel
     return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=options)
 
 
-async def _resolve(endpoint: Endpoint, timeout_s: float) -> str:
+async def resolve(endpoint: Endpoint, timeout_s: float) -> str:
+    """The address that the endpoint's name has now, as gRPC spells it.
+
+    Raises: EtcdUnavailable if the name cannot be resolved in time.
+    """
     if endpoint.host == "localhost":
         return f"ipv4:127.0.0.1:{endpoint.port}"
     try:

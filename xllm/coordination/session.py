@@ -31,7 +31,7 @@ from xllm.coordination.records import (
     CompareCreateRevision,
     CompareLease,
     CompareModRevision,
-    Get,
+    Delete,
     KeyValue,
     Op,
     Put,
@@ -47,22 +47,41 @@ Value: TypeAlias = bytes | Callable[[Epoch], bytes]
 REVOKE_TIMEOUT_S = 1.0
 """Of a clean goodbye; without it, the lease expires by itself."""
 
+EXPIRY_MARGIN_S = 2.0
+"""etcd rounds the life that a lease has left down to seconds, and looks for dead ones at times."""
+
 POLL_S = 0.25
 """Between attempts to write what could not be written."""
 
 
 class _Registration:
-    """A key that is to be there, and the epoch under which its present value was written."""
+    """A key that is to be there, and what of it was written last."""
 
-    __slots__ = ("exclusive", "held_since", "key", "value", "written")
+    __slots__ = (
+        "exclusive",
+        "key",
+        "rival",
+        "rival_dead_by",
+        "settled",
+        "value",
+        "version",
+        "written",
+    )
 
     def __init__(self, key: str, value: Value, exclusive: bool) -> None:
         self.key = key
         self.value = value
         self.exclusive = exclusive
-        self.written: Epoch | None = None
-        self.held_since: tuple[int, float] | None = None
-        """The foreign lease in our way, and when it was first seen."""
+        self.settled = False
+        """It was there once; before, `register` is at it and reports what becomes of it."""
+        self.version = 0
+        """Counts the updates: the same callable may stand for another value each time."""
+        self.written: tuple[Epoch, int] | None = None
+        """Epoch and version."""
+        self.rival = 0
+        """The foreign lease that is in the way of an exclusive key."""
+        self.rival_dead_by = math.inf
+        """When it will have expired, unless its owner lives and renews it."""
 
     def payload(self, epoch: Epoch) -> bytes:
         return self.value if isinstance(self.value, bytes) else self.value(epoch)
@@ -76,7 +95,7 @@ class Session:
     ) -> None:
         """`ttl_s` is rounded up to whole seconds; etcd may raise it further."""
         self.client = client
-        self.ttl_s: float = math.ceil(ttl_s)
+        self.ttl_s = math.ceil(ttl_s)
         self._clock = clock
         self._epoch = _new_epoch()
         self._granted = False
@@ -87,6 +106,8 @@ class Session:
         self._writing = asyncio.Lock()
         self._wake = asyncio.Event()
         self._closed = False
+        self._waiting = False
+        """The last round failed, and the log says so."""
 
     @property
     def epoch(self) -> Epoch:
@@ -115,6 +136,7 @@ class Session:
         try:
             while True:
                 if await self._write(registration):
+                    registration.settled = True
                     return
                 await asyncio.sleep(POLL_S)
         except BaseException:
@@ -125,15 +147,18 @@ class Session:
     async def update(self, key: str, value: Value) -> None:
         """A new value for a registered key; without etcd, it is written when etcd is back.
 
-        Raises: RequestTooLarge.
+        Raises: Fenced, RequestTooLarge.
         """
         registration = self._registrations[key]
         registration.value = value
-        registration.written = None
+        registration.version += 1
         try:
-            await self._write(registration)
+            written = await self._write(registration)
         except EtcdUnavailable as error:
             log.debug("etcd_update_postponed key=%s error=%s", key, error)
+            written = False
+        if not written:
+            self._wake.set()
 
     async def unregister(self, key: str) -> None:
         """The key is no longer kept and is deleted, if it is ours.
@@ -142,7 +167,7 @@ class Session:
         """
         del self._registrations[key]
         async with self._writing:
-            await self.client.delete(key)
+            await self.client.txn([CompareLease(key, self._epoch)], [Delete(key)])
 
     async def fenced_put(self, key: str, value: bytes) -> bool:
         """Puts a key under the lease, unless this epoch is over: then False.
@@ -173,11 +198,9 @@ class Session:
         while not self._closed:
             self._wake.clear()
             delay_s = await self._tick()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._wake.wait()
-            except TimeoutError:
-                pass
 
     async def close(self) -> None:
         """Revokes the lease, which deletes its keys. Idempotent; never raises for etcd."""
@@ -204,43 +227,54 @@ class Session:
                 await self._keep_alive()
             pending = False
             for registration in list(self._registrations.values()):
-                if registration.written != self._epoch:
+                written = (self._epoch, registration.version)
+                if registration.settled and registration.written != written:
                     pending |= not await self._write(registration)
-            if not self._granted:
+            if not self._granted and not self._closed:
                 async with self._writing:
                     await self._grant()
-            return POLL_S if pending else self.ttl_s / 3
         except EtcdUnavailable as error:
-            log.info(
-                "etcd_session_waits epoch=%x alive=%s error=%s", self._epoch, self.alive, error
-            )
+            if not self._waiting and not self._closed:
+                log.warning("etcd_session_waits epoch=%x error=%s", self._epoch, error)
+                self._waiting = True
             return min(POLL_S, self.ttl_s / 10)
+        if self._waiting:
+            log.info("etcd_session_resumes epoch=%x", self._epoch)
+            self._waiting = False
+        return POLL_S if pending else self.ttl_s / 3
 
     async def _keep_alive(self) -> None:
-        sent_at = self._clock()
-        left_s = await self.client.keep_alive(
-            self._epoch, attempt_s=self.ttl_s / 4, timeout_s=self.ttl_s
-        )
-        if left_s > 0:
+        epoch, sent_at = self._epoch, self._clock()
+        left_s = await self.client.keep_alive(epoch, attempt_s=self.ttl_s / 4, timeout_s=self.ttl_s)
+        if left_s == 0:
+            self._end_epoch(epoch)
+        elif epoch == self._epoch:
             self._alive_until = sent_at + left_s
-        else:
-            self._end_epoch()
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, epoch: Epoch) -> None:
+        """The lease is gone, as one of several calls under way is the first to find out."""
+        if epoch != self._epoch or self._closed:
+            return
         log.warning("etcd_lease_lost epoch=%x", self._epoch)
         self._past_epochs.add(self._epoch)
         self._granted = False
+        self._alive_until = -math.inf
         self._epoch = _new_epoch()
 
     async def _grant(self) -> None:
-        if self._granted or self._closed:
+        """Gets the epoch its lease, if it has none."""
+        if self._granted:
             return
         sent_at = self._clock()
-        # Such a lease is ours, from an attempt whose answer was lost: 63 bits do not collide.
-        with contextlib.suppress(LeaseExists):
-            self.ttl_s = await self.client.grant(self._epoch, math.ceil(self.ttl_s))
-        self._granted = True
-        self._alive_until = sent_at + self.ttl_s
+        try:
+            self.ttl_s = await self.client.grant(self._epoch, self.ttl_s)
+            self._granted = True
+            self._alive_until = sent_at + self.ttl_s
+        except LeaseExists:
+            # It is ours, 63 bits do not collide: from an attempt whose answer was lost, at a time
+            # that we do not know. A keepalive will tell how long it lives.
+            self._granted = True
+            self._wake.set()
         log.info("etcd_lease_granted epoch=%x ttl_s=%g", self._epoch, self.ttl_s)
         if self._past_epochs:
             for callback in self._callbacks:
@@ -252,25 +286,31 @@ class Session:
         Raises: Fenced, EtcdUnavailable, RequestTooLarge.
         """
         async with self._writing:
+            if self._closed:
+                raise EtcdUnavailable("the session is closed")
             await self._grant()
-            epoch, value = self._epoch, registration.value
-            if registration.written == epoch:
+            epoch = self._epoch
+            current = (epoch, registration.version)
+            if registration.written == current:
                 return True
+            if not self._granted:
+                return False
             put = Put(registration.key, registration.payload(epoch), epoch)
             try:
                 if registration.exclusive:
                     done = await self._put_exclusive(registration, put)
                 elif self._guard is not None:
                     done = await self.fenced_txn([put], epoch=epoch)
+                    if not done:  # taken over, or deleted by hand: find out, put it again
+                        self._guard.written = None
                 else:
                     await self.client.put(put.key, put.value, put.lease_id)
                     done = True
             except LeaseNotFound:
-                if epoch == self._epoch:
-                    self._end_epoch()
+                self._end_epoch(epoch)
                 return False
-            if done and registration.value is value:
-                registration.written = epoch
+            if done:
+                registration.written = current
             return done
 
     async def _put_exclusive(self, registration: _Registration, put: Put) -> bool:
@@ -289,15 +329,19 @@ class Session:
         else:
             await self._wait_for(registration, holder)
             return False
-        result = await self.client.txn([compare], [put], [Get(key)])
+        result = await self.client.txn([compare], [put])
         return result.succeeded
 
     async def _wait_for(self, registration: _Registration, holder: KeyValue) -> None:
         now = self._clock()
-        if registration.held_since is None or registration.held_since[0] != holder.lease:
-            registration.held_since = (holder.lease, now)
-            log.info("etcd_key_held key=%s epoch=%x", registration.key, holder.lease)
-        if now - registration.held_since[1] > self.ttl_s + 1.0:
+        if registration.rival != holder.lease:
+            left_s = max(0, await self.client.time_to_live(holder.lease))
+            registration.rival = holder.lease
+            registration.rival_dead_by = now + left_s + EXPIRY_MARGIN_S
+            log.info(
+                "etcd_key_held key=%s epoch=%x left_s=%d", registration.key, holder.lease, left_s
+            )
+        elif now > registration.rival_dead_by:
             raise Fenced(
                 f"{registration.key} is held by another live process: "
                 "stop that one, or give this one another name"

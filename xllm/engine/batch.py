@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from xllm.engine.scheduler import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Batch:
     block_tables: torch.Tensor
     """[B, M] int32, rows contiguous."""
     logits_indices: torch.Tensor
-    """[R] int64: rows whose logits are wanted, ascending."""
+    """[R] int64: rows whose logits are wanted, ascending; n times the same for n samples."""
     num_decodes: int
     max_query_len: int
     max_context_len: int
@@ -46,3 +49,44 @@ class Batch:
     @property
     def num_seqs(self) -> int:
         return self.context_lens.shape[0]
+
+
+def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
+    """The tensors of a step that has at least one row."""
+    items = plan.scheduled
+    num_tokens = plan.num_tokens
+    num_seqs = len(items)
+    input_ids = np.empty(num_tokens, np.int64)
+    positions = np.empty(num_tokens, np.int64)
+    slot_mapping = np.empty(num_tokens, np.int64)
+    query_start_loc = np.zeros(num_seqs + 1, np.int32)
+    context_lens = np.empty(num_seqs, np.int32)
+    block_tables = np.zeros((num_seqs, max(len(i.seq.block_table) for i in items)), np.int32)
+    logits_indices: list[int] = []
+    row = 0
+    for b, item in enumerate(items):
+        seq, start, end = item.seq, item.start, item.start + item.num_tokens
+        rows = slice(row, row + item.num_tokens)
+        table = block_tables[b]
+        table[: len(seq.block_table)] = seq.block_table
+        input_ids[rows] = seq.token_ids[start:end]
+        positions[rows] = at = np.arange(start, end)
+        slots = table[at // block_size].astype(np.int64) * block_size + at % block_size
+        slot_mapping[rows] = np.where(at < seq.num_written_tokens, -1, slots)
+        row += item.num_tokens
+        query_start_loc[b + 1] = row
+        context_lens[b] = end
+        logits_indices += [row - end + position for position in item.scored_positions]
+        logits_indices += [row - 1] * item.num_samples
+    return Batch(
+        input_ids=torch.from_numpy(input_ids).to(device, non_blocking=True),
+        positions=torch.from_numpy(positions).to(device, non_blocking=True),
+        slot_mapping=torch.from_numpy(slot_mapping).to(device, non_blocking=True),
+        query_start_loc=torch.from_numpy(query_start_loc).to(device, non_blocking=True),
+        context_lens=torch.from_numpy(context_lens).to(device, non_blocking=True),
+        block_tables=torch.from_numpy(block_tables).to(device, non_blocking=True),
+        logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
+        num_decodes=plan.num_decodes,
+        max_query_len=max(item.num_tokens for item in items),
+        max_context_len=int(context_lens.max()),
+    )

@@ -14,8 +14,12 @@ sequence always gets on, because a cache is never smaller than one request of th
 Beside decodes a prompt gets no more rows than keep the step under `max_step_s`, so that streams
 flow evenly (TBT); alone it gets the whole budget.
 
-A waiting request whose next block is being computed by a running one is passed over until that
-block is there: requests that arrive together with the same new prefix compute it once.
+A waiting request whose next block is being computed or loaded for another is passed over until
+that block is there: requests that arrive together with the same new prefix compute it once.
+
+A request with blocks in lower tiers is admitted like any other, but LOADING, without rows, until
+they have arrived or `prefetch_timeout_s` is over; others run meanwhile. It keeps its place in the
+order of admission, so it can be preempted.
 
 With n > 1 the first sample prefills; the others are its `children`, draw their first token from the
 same logits, and are forked from its blocks after that step.
@@ -29,10 +33,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from xllm.cache.kv_cache import KVCache
+from xllm.cache.kv_cache import KVCache, PrefixMatch
 from xllm.engine.request import Sequence, SequenceState
 from xllm.engine.step_cost import StepCost, StepWork, decode_work, prefill_work
-from xllm.protocol import FinishReason
+from xllm.protocol import FinishReason, GenerateRequest
 
 MAX_PASSED_OVER = 32
 """Waiting requests that one step passes over because of a pending prefix: bounds its cost."""
@@ -49,6 +53,8 @@ class SchedulerLimits:
     max_tokens_per_chunk: int = 0
     """Prompt tokens of a step that also decodes; 0: what keeps the step under `max_step_s`."""
     max_step_s: float = 0.08
+    prefetch_timeout_s: float | None = None
+    """Of a load; None: what computing the same tokens would take."""
     enable_chunked_prefill: bool = True
 
 
@@ -63,6 +69,20 @@ class ScheduledSequence:
     """Tokens to draw from the last row's logits: 0 in the middle of a prompt, n for a prompt with
     n - 1 children, otherwise 1."""
 
+    @property
+    def scored_positions(self) -> range:
+        """Rows whose successor is a prompt token that is to be scored."""
+        if not self.seq.wants_prompt_logprobs:
+            return range(0)
+        first = max(self.start, len(self.seq.prompt_logprobs) - 1)
+        return range(first, min(self.start + self.num_tokens, self.seq.prompt_len - 1))
+
+    @property
+    def work(self) -> StepWork:
+        if self.seq.is_decoding:
+            return decode_work(self.start + 1)
+        return prefill_work(self.start, self.num_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -76,6 +96,10 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(s.num_tokens for s in self.scheduled)
+
+    @property
+    def work(self) -> StepWork:
+        return sum((s.work for s in self.scheduled), StepWork())
 
 
 @dataclass(slots=True)
@@ -162,29 +186,33 @@ class Scheduler:
             position -= 1
         self.waiting.insert(position, seq)
 
-    def abort(self, request_id: str, attempt: int | None = None) -> list[Sequence]:
-        """Ends all samples of a request and frees their blocks; returns those that were alive."""
-        aborted = [
-            seq
-            for seq in (*self.waiting, *self.running)
-            if seq.request_id == request_id and attempt in (None, seq.attempt)
-        ]
-        for seq in aborted:
+    def abort(self, request: GenerateRequest) -> None:
+        """Ends all samples of a request, which is known by its identity, and frees their blocks."""
+        for seq in [seq for seq in (*self.waiting, *self.running) if seq.group is request]:
             self._finish(seq, FinishReason.ABORT)
-        return aborted + [child for seq in aborted for child in seq.children]
 
     def schedule(self) -> StepPlan:
         """Decides the next step; the plan is empty when nothing can run."""
+        self.poll_loads()
         decodes = self._schedule_decodes()
         budget = _Budget(self.limits, self._cost, decodes)
         prefills: list[ScheduledSequence] = []
         for seq in self.running:
-            if not seq.is_decoding:
+            if seq.state is SequenceState.RUNNING and not seq.is_decoding:
                 self._schedule_prefill(seq, budget, prefills)
         if not self._preempted:
             self._admit(budget, prefills)
         copies, self._copies = self._copies, []
         return StepPlan(decodes + prefills, len(decodes), copies)
+
+    def poll_loads(self) -> None:
+        """Lets sequences whose blocks have arrived run; moves the lower tiers' work on."""
+        for seq in self.kv_cache.poll():
+            assert isinstance(seq, Sequence)
+            if self.kv_cache.complete_load(seq):
+                self._begin(seq)
+            else:
+                self._preempt(seq)
 
     def complete(self, plan: StepPlan, token_ids: list[int]) -> list[Advance]:
         """Applies a step: `token_ids` are the drawn tokens, `num_samples` for each entry in order.
@@ -214,14 +242,6 @@ class Scheduler:
                 if member.finish_reason is not None:
                     self._finish(member, member.finish_reason)
         return advances
-
-    def fail(self, plan: StepPlan) -> list[Sequence]:
-        """The step could not be run: ends every sequence in it; returns them."""
-        failed = []
-        for item in plan.scheduled:
-            failed += [item.seq, *item.seq.children]
-            self._finish(item.seq, FinishReason.ABORT)
-        return failed
 
     def _urgency(self, seq: Sequence) -> tuple[int, float]:
         return (seq.group.priority, seq.arrival)
@@ -260,25 +280,40 @@ class Scheduler:
         for seq in list(self.waiting):
             if len(self.running) >= self.limits.max_seqs_per_batch:
                 return
-            match = self.kv_cache.match(seq)
+            match = self.kv_cache.match(seq, self._cost.token_s() * self.kv_cache.block_size)
             if match.is_pending:
                 num_passed_over += 1
                 if num_passed_over == MAX_PASSED_OVER:
                     return
                 continue
             start = min(match.num_tokens, seq.num_tokens - 1)
-            if not budget.affords(start, seq.num_tokens - start):
+            if not match.tiers and not budget.affords(start, seq.num_tokens - start):
                 return
             # A block for the next token of each running sequence stays free, so that admitting
             # one request does not preempt another a moment later.
-            if not self.kv_cache.try_admit(seq, match, num_spare_blocks=len(self.running)):
+            if not self.kv_cache.try_admit(
+                seq, match, len(self.running), self._load_timeout_s(match)
+            ):
                 return
-            if seq.cached_tokens is None:
-                seq.cached_tokens = seq.num_computed_tokens
             self.waiting.remove(seq)
-            seq.state = SequenceState.RUNNING
             self.running.append(seq)
-            self._schedule_prefill(seq, budget, prefills)
+            if seq.load is not None:
+                seq.state = SequenceState.LOADING
+            else:
+                self._begin(seq)
+                self._schedule_prefill(seq, budget, prefills)
+
+    def _begin(self, seq: Sequence) -> None:
+        """All that the cache had of `seq` is on the device."""
+        seq.state = SequenceState.RUNNING
+        if seq.cached_tokens is None:
+            seq.cached_tokens = seq.cached_by_tier
+
+    def _load_timeout_s(self, match: PrefixMatch) -> float:
+        if self.limits.prefetch_timeout_s is not None:
+            return self.limits.prefetch_timeout_s
+        num_tokens = len(match.tiers) * self.kv_cache.block_size
+        return self._cost.predict(prefill_work(match.num_tokens, num_tokens))
 
     def _append(self, seq: Sequence, token_id: int, sample: int) -> Advance:
         advance = Advance(seq, seq.num_output_tokens, [token_id], sample)
@@ -317,7 +352,7 @@ class Scheduler:
         self.waiting.insert(0, seq)
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
-        if seq.state is SequenceState.RUNNING:
+        if seq.state in (SequenceState.RUNNING, SequenceState.LOADING):
             self.running.remove(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)

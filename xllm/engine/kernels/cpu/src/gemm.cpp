@@ -168,6 +168,7 @@ void pack(Pool& pool, void* packed, const T* weight, int64_t stride, int64_t n, 
 template <class T>
 void linear(Pool& pool, const XllmLinear& layer, int64_t rows, const RowSource<T>& source,
             const Epilogue& epilogue) {
+  if (rows == 0) return;
   using S = typename SchemeOf<T>::type;
   const int64_t steps = (layer.k + S::kPerStep - 1) / S::kPerStep;
   const int64_t k_blocks = (steps + kBlockSteps - 1) / kBlockSteps;

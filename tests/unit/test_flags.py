@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from xllm import __version__
+from xllm.config import (
+    ApiConfig,
+    EngineConfig,
+    EtcdConfig,
+    HostConfig,
+    LogConfig,
+    MasterConfig,
+    WorkerConfig,
+)
+from xllm.errors import ConfigError
+from xllm.flag_table import ROLES, role_flags
+from xllm.flags import Answer, parse_command_line
+
+
+def _worker(*argv: str) -> WorkerConfig:
+    config = parse_command_line(["--role=worker", *argv])
+    assert isinstance(config, WorkerConfig)
+    return config
+
+
+def _master(*argv: str) -> MasterConfig:
+    config = parse_command_line(["--role=master", *argv])
+    assert isinstance(config, MasterConfig)
+    return config
+
+
+def _refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_command_line(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_without_flags_the_config_has_its_own_defaults() -> None:
+    assert _worker() == WorkerConfig()
+    assert _master() == MasterConfig()
+
+
+@pytest.mark.parametrize(
+    ("role", "configs"),
+    [
+        ("master", [MasterConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
+        ("worker", [WorkerConfig, EngineConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
+    ],
+)
+def test_every_field_of_a_config_has_its_flag(role: str, configs: list[type]) -> None:
+    parts = {"etcd", "net", "log", "api", "engine"}
+    wanted = {
+        (config, field.name)
+        for config in configs
+        for field in fields(config)
+        if field.name not in parts
+    }
+    offered = {(flag.config, flag.name) for flag in role_flags(role) if flag.config is not None}
+    assert offered == wanted
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_names_of_a_role_are_unique(role: str) -> None:
+    names = [flag.name for flag in role_flags(role)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--enable_prefix_cache"], True),
+        (["--noenable_prefix_cache"], False),
+        (["--enable_prefix_cache=false"], False),
+        (["--enable_prefix_cache=True"], True),
+        (["--enable_prefix_cache", "--noenable_prefix_cache"], False),
+    ],
+)
+def test_spellings_of_a_boolean(argv: list[str], expected: bool) -> None:
+    assert _worker(*argv).engine.enable_prefix_cache is expected
+
+
+def test_value_after_equals_sign_or_space() -> None:
+    assert _worker("--port=7").port == _worker("--port", "7").port == 7
+    assert parse_command_line(["--port", "7", "--role", "worker"]) == _worker("--port=7")
+
+
+def test_flags_of_upstreams_page() -> None:
+    config = _worker(
+        *("--etcd_addr=127.0.0.1:10998", "--enable_service_routing=true"),
+        *("--enable_cache_upload=true", "--enable_disagg_pd=false"),
+    )
+    assert config == WorkerConfig(
+        etcd=EtcdConfig(etcd_addr="127.0.0.1:10998"), enable_cache_upload=True
+    )
+    assert _master(
+        "--etcd_addr=127.0.0.1:10998", "--http_server_port", "28888", "--rpc_server_port", "28889"
+    ) == MasterConfig(
+        etcd=EtcdConfig(etcd_addr="127.0.0.1:10998"), http_server_port=28888, rpc_server_port=28889
+    )
+
+
+def test_flag_file(tmp_path: Path) -> None:
+    flag_file = tmp_path / "worker.flags"
+    flag_file.write_text("# a comment\n--role=worker\n--port=7\n\n--noenable_prefix_cache\n")
+
+    config = parse_command_line([f"--flagfile={flag_file}", "--port=8"])
+
+    assert isinstance(config, WorkerConfig)
+    assert config.port == 8
+    assert config.engine.enable_prefix_cache is False
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("0", 0),
+        ("123", 123),
+        ("512M", 512 << 20),
+        ("4GiB", 4 << 30),
+        ("4gib", 4 << 30),
+        ("1.5k", 1536),
+        ("1.5GB", 1_500_000_000),
+        ("2T", 2 << 40),
+        ("100B", 100),
+    ],
+)
+def test_sizes(text: str, size_bytes: int) -> None:
+    assert _worker(f"--max_cache_size={text}").engine.max_cache_size == size_bytes
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--max_cache_size=4Gbit",
+        "--max_cache_size=-1",
+        "--max_cache_size=",
+        "--port=65536",
+        "--port=1.5",
+        "--port=\u0661",
+        "--lease_ttl=0",
+        "--lease_ttl=nan",
+        "--lease_ttl=5s",
+        "--dtype=float16",
+        "--device=cuda:x",
+        "--enable_prefix_cache=maybe",
+        "--etcd_addr=localhost",
+        "--etcd_addr=localhost:99999",
+        "--etcd_addr=a:1,",
+        "--etcd_addr=ftp://a:1",
+        "--etcd_addr=http://a:1/path",
+        "--etcd_namespace=a/b",
+        "--worker_id=a/b",
+        "--model_id=",
+        "--model=",
+        "--host=a:1",
+        "--advertise_host=0.0.0.0",
+        "--advertise_host=::",
+        "--log_format=xml",
+        "--block_size=0",
+        "--max_seqs_per_batch=0",
+        "--max_memory_utilization=1.1",
+    ],
+)
+def test_a_bad_value_is_refused_with_its_flag(argv: str) -> None:
+    assert _refusal("--role=worker", argv).startswith(f"{argv}: ")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "a:1",
+        "a:1,b:2",
+        "http://a:1",
+        "https://a.b:2379,https://c:2379",
+        "[::1]:2379",
+        "http://[::1]:1",
+    ],
+)
+def test_etcd_addresses(address: str) -> None:
+    assert _worker(f"--etcd_addr={address}").etcd.etcd_addr == address
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--role=worker", "--prot=1"], ["--prot", "no such flag", "--port"]),
+        (["--role=worker", "--prot", "1"], ["--prot", "no such flag", "--port"]),
+        (["--role=worker", "--noenable_prefx_cache"], ["--enable_prefix_cache"]),
+        (["--role=worker", "--zzz"], ["--zzz", "xllm --role=worker --help"]),
+        (
+            ["--role=worker", "--http_server_port=1"],
+            ["--http_server_port", "a flag of --role=master", "--rpc_server_port"],
+        ),
+        (["--role=master", "--noenable_prefix_cache"], ["a flag of --role=worker"]),
+        (["--role=master", "--model=x"], ["--model", "a flag of --role=worker"]),
+        (["--role=worker", "--enable_prefix_cache", "false"], ["'false'", "--flag=true|false"]),
+        (["--role=worker", "--port"], ["--port"]),
+        (["--role=worker", "--flagfile=/does/not/exist"], ["--flagfile", "/does/not/exist"]),
+        (["--role=worker", "--enable_disagg_pd=true"], ["--enable_disagg_pd", "not supported yet"]),
+        (["--role=worker", "--max_tokens_per_batch=8"], ["8", "--max_seqs_per_batch=64"]),
+        (
+            ["--role=worker", "--max_tokens_per_chunk_for_prefill=4096"],
+            ["4096", "--max_tokens_per_batch=2048"],
+        ),
+        (["--role=master", "--tokenizer_path=/does/not/exist"], ["tokenizer.json"]),
+        (["--role=router"], ["--role=router", "--role=master", "--role=worker"]),
+        (["--port=1"], ["--role is missing"]),
+        ([], ["--role is missing", "--help"]),
+    ],
+)
+def test_a_refusal_says_what_to_change(argv: list[str], parts: list[str]) -> None:
+    message = _refusal(*argv)
+    for part in parts:
+        assert part in message
+
+
+def test_tokenizer_path(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert _master(f"--tokenizer_path={tmp_path}").tokenizer_path == str(tmp_path)
+
+
+def test_version() -> None:
+    assert parse_command_line(["--version"]) == Answer(f"xllm {__version__}")
+
+
+def test_help_shows_each_flag_with_its_default() -> None:
+    answer = parse_command_line(["--help"])
+    assert isinstance(answer, Answer)
+    for role in ROLES:
+        for flag in role_flags(role):
+            assert f"{flag.name}=" in answer.text or f"--[no]{flag.name}" in answer.text
+    assert "Default: 16MiB." in answer.text
+    assert "--lease_ttl=SECONDS" in answer.text
+    assert max(map(len, answer.text.splitlines())) <= 100
+
+
+def test_help_of_one_role_leaves_out_the_other() -> None:
+    answer = parse_command_line(["--role=master", "-h"])
+    assert isinstance(answer, Answer)
+    assert "--http_server_port=PORT" in answer.text
+    assert "--model=" not in answer.text

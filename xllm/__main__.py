@@ -1,0 +1,5 @@
+"""`python -m xllm` is the `xllm` command."""
+
+from xllm.main import main
+
+main()

@@ -1,0 +1,388 @@
+"""The engine: a step loop on its own thread, asyncio on the outside.
+
+    event loop                          engine thread
+    ----------                          -------------
+    submit, cancel ──commands──>        apply commands
+                                        schedule -> build batch -> execute -> complete
+    listeners      <──one callback──    deltas of the step
+
+The scheduler, the cache and the runner belong to the engine's thread alone. The two sides share
+one queue of commands, one callback per step, and `statistics()`, an immutable snapshot that is
+replaced after each step. A request's listener gets every delta and exactly one end: the last delta
+of each sample, or one error; after `cancel` it is not called any more.
+
+A step that raises fails the requests in it (EngineFault), frees their blocks, and the loop goes
+on; after MAX_FAULTS_IN_A_ROW of them the engine gives up, and `wait_closed` raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from xllm.cache.block_hash import CacheRoot
+from xllm.cache.block_pool import BlockPool
+from xllm.cache.kv_cache import KVCache
+from xllm.engine.batch import build_batch
+from xllm.engine.outputs import StepOutputs
+from xllm.engine.request import Sequence
+from xllm.engine.runner import Runner
+from xllm.engine.sampler import SampledTokens
+from xllm.engine.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, StepPlan
+from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
+from xllm.engine.step_cost import StepCost
+from xllm.errors import EngineFault, InvalidRequest, NoWorker, Overloaded, RequestError
+from xllm.protocol import GenerateRequest, SamplingParams, TokenDelta
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[TokenDelta | RequestError], None]
+
+MAX_OPEN_REQUESTS = 4096
+MAX_FAULTS_IN_A_ROW = 3
+WARM_UP_TOKENS = 512
+IDLE_POLL_S = 0.05
+"""Until the scheduler is asked again when requests are there and none can run."""
+
+
+class RunningRequest:
+    """The event loop's handle of one request, until its end."""
+
+    __slots__ = ("_engine", "listener", "num_open_samples", "num_running_samples", "request")
+
+    def __init__(self, engine: Engine, request: GenerateRequest, listener: Listener) -> None:
+        self._engine = engine
+        self.request = request
+        self.listener: Listener | None = listener
+        self.num_open_samples = request.n
+        """As the event loop has seen."""
+        self.num_running_samples = request.n
+        """As the engine's thread has seen."""
+
+    def cancel(self) -> None:
+        """Frees the request's blocks before the next step; its listener hears nothing more."""
+        if self.listener is not None:
+            self.end()
+            self._engine._commands.put(lambda: self._engine._abort(self))
+
+    def end(self) -> None:
+        """The last call of the listener is the one that follows, if any."""
+        self.listener = None
+        self._engine._handles.discard(self)
+
+
+class Engine:
+    """Runs requests on one `Runner`. Methods are for the event loop's thread."""
+
+    def __init__(self, runner: Runner) -> None:
+        config = runner.config
+        root = CacheRoot(
+            fingerprint=runner.fingerprint,
+            kv_dtype=runner.kv_dtype,
+            block_size=config.block_size,
+        )
+        pool = BlockPool(runner.num_blocks)
+        limits = SchedulerLimits(
+            max_tokens_per_batch=config.max_tokens_per_batch,
+            max_seqs_per_batch=config.max_seqs_per_batch,
+            max_model_len=runner.max_model_len,
+            max_tokens_per_chunk=config.max_tokens_per_chunk_for_prefill,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+        )
+        self.root = root
+        self.max_model_len = runner.max_model_len
+        self.vocab_size = runner.model_config.vocab_size
+        self.kv_cache = KVCache(pool, root, enable_prefix_cache=config.enable_prefix_cache)
+        self._runner = runner
+        self._cost = StepCost()
+        self._eos_token_ids = runner.model_config.eos_token_ids
+        self._scheduler = Scheduler(self.kv_cache, limits, self._eos_token_ids, self._cost)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._handles: set[RunningRequest] = set()
+        """The event loop's: requests that have not ended."""
+        self._open: dict[int, RunningRequest] = {}
+        """The engine thread's, by id of the request message, which the handle keeps alive."""
+        self.observer: EngineObserver | None = None
+        """To be set before `start`."""
+        self._counters = Counters()
+        self._statistics = EngineStatistics(num_blocks=runner.num_blocks)
+        self._outbox: list[tuple[RunningRequest, TokenDelta | RequestError]] = []
+        self._is_stopping = False
+        self._faults_in_a_row = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._started: asyncio.Future[None] | None = None
+        self._closed: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        """Returns when the engine has warmed up: it has run, and knows roughly how fast it is."""
+        self._loop = asyncio.get_running_loop()
+        self._started = self._loop.create_future()
+        self._closed = self._loop.create_future()
+        self._thread.start()
+        await self._started
+
+    async def stop(self) -> None:
+        """Ends the loop after the step that runs; open requests end with an error."""
+        if self._closed is not None:
+            self._commands.put(self._stop)
+            await asyncio.wait([self._closed])
+
+    async def wait_closed(self) -> None:
+        """Returns when the engine was stopped. Raises: EngineFault when it gave up."""
+        assert self._closed is not None, "started first"
+        await asyncio.shield(self._closed)
+
+    def submit(self, request: GenerateRequest, listener: Listener) -> RunningRequest:
+        """Queues a request; `listener` is called on the event loop's thread.
+
+        Raises: InvalidRequest, Overloaded.
+        """
+        self._validate(request)
+        if self._closed is None or self._closed.done():
+            raise NoWorker("the engine of this worker is not running")
+        if len(self._handles) >= MAX_OPEN_REQUESTS:
+            raise Overloaded(
+                f"{MAX_OPEN_REQUESTS} requests are open on this worker; try again later",
+                retry_after_s=1,
+            )
+        handle = RunningRequest(self, request, listener)
+        self._handles.add(handle)
+        arrival = time.monotonic()
+        self._commands.put(lambda: self._begin(handle, arrival))
+        return handle
+
+    def statistics(self) -> EngineStatistics:
+        """As of the last step; any thread."""
+        return self._statistics
+
+    @property
+    def step_counter(self) -> int:
+        return self._statistics.num_steps
+
+    def _validate(self, request: GenerateRequest) -> None:
+        num_tokens = len(request.prompt_ids) + max(request.sampling.max_tokens, 1)
+        if not request.prompt_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if request.sampling.max_tokens == 0:
+            num_tokens -= 1
+        if num_tokens > self.max_model_len:
+            raise InvalidRequest(
+                f"{len(request.prompt_ids)} prompt tokens and up to {request.sampling.max_tokens} "
+                f"output tokens are more than the {self.max_model_len} that this worker can hold",
+                param="max_tokens",
+            )
+        if max(request.prompt_ids) >= self.vocab_size or min(request.prompt_ids) < 0:
+            raise InvalidRequest(
+                f"token ids must be from 0 to {self.vocab_size - 1}", param="prompt"
+            )
+
+    def _deliver(self, outbox: list[tuple[RunningRequest, TokenDelta | RequestError]]) -> None:
+        for handle, item in outbox:
+            listener = handle.listener
+            if listener is None:
+                continue
+            if isinstance(item, RequestError):
+                handle.end()
+            elif item.finish_reason is not None:
+                handle.num_open_samples -= 1
+                if handle.num_open_samples == 0:
+                    handle.end()
+            listener(item)
+
+    def _set_started(self) -> None:
+        if self._started is not None and not self._started.done():
+            self._started.set_result(None)
+
+    def _set_closed(self, error: BaseException | None) -> None:
+        for handle in list(self._handles):
+            listener = handle.listener
+            handle.end()
+            if listener is not None:
+                listener(EngineFault("the engine has stopped"))
+        for future in (self._started, self._closed):
+            if future is not None and not future.done():
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(EngineFault(f"the engine has stopped: {error}"))
+
+    # ---- engine thread ----
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._runner.allocate_cache(self._runner.num_blocks)
+            self._warm_up()
+            self._post(self._set_started)
+            has_run = False
+            while not self._is_stopping:
+                self._take_commands(may_sleep=not has_run)
+                has_run = self._step()
+                self._publish()
+        except BaseException as caught:
+            error = caught
+            logger.exception("engine_stopped")
+        self._post(lambda: self._set_closed(error))
+
+    def _take_commands(self, *, may_sleep: bool) -> None:
+        """Applies what the event loop asked for; sleeps while there is nothing to run."""
+        if may_sleep:
+            with contextlib.suppress(queue.Empty):
+                self._commands.get(timeout=self._max_sleep_s())()
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _begin(self, handle: RunningRequest, arrival: float) -> None:
+        request = handle.request
+        first, *children = (
+            Sequence(request, index, arrival)
+            for index in range(request.index, request.index + request.n)
+        )
+        first.children = children
+        for child in children:
+            child.prompt_logprobs = first.prompt_logprobs
+        self._open[id(request)] = handle
+        self._scheduler.add(first)
+
+    def _abort(self, handle: RunningRequest) -> None:
+        self._scheduler.abort(handle.request)
+        self._open.pop(id(handle.request), None)
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+
+    def _max_sleep_s(self) -> float | None:
+        """None: until a command comes; requests that wait for nothing but blocks on their way up
+        also wake up at their deadline."""
+        deadline = self.kv_cache.next_deadline
+        if deadline is not None:
+            return max(deadline - time.monotonic(), 0.0)
+        return IDLE_POLL_S if self._scheduler.has_work else None
+
+    def _step(self) -> bool:
+        """Runs one step, if anything can run; False: nothing could."""
+        if self._is_stopping:
+            return False
+        plan = self._scheduler.schedule()
+        if not plan.scheduled:
+            return False
+        self._observe_begun(plan)
+        work = plan.work
+        started = time.perf_counter()
+        outputs = StepOutputs(plan, self._eos_token_ids, self.vocab_size)
+        try:
+            sampled = self._execute(plan, outputs)
+        except Exception:
+            logger.exception(
+                "step_failed tokens=%d sequences=%d", plan.num_tokens, len(plan.scheduled)
+            )
+            self._fail(plan)
+            return True
+        self._faults_in_a_row = 0
+        faulty = outputs.faulty(sampled)
+        outputs.keep_scores(sampled)
+        for advance in self._scheduler.complete(plan, outputs.drawn(sampled)):
+            if advance.seq not in faulty:
+                self._emit(outputs.delta(advance, sampled), advance.seq.group)
+        for seq in faulty:
+            self._fail_request(seq.group, EngineFault("the model's logits are not finite"))
+        seconds = time.perf_counter() - started
+        self._cost.observe(work, seconds)
+        self._counters.count(plan, seconds)
+        if self.observer is not None:
+            self.observer.step_done(plan, seconds)
+        return True
+
+    def _observe_begun(self, plan: StepPlan) -> None:
+        for item in plan.scheduled[plan.num_decodes :]:
+            if not item.seq.is_begun:
+                item.seq.is_begun = True
+                if self.observer is not None:
+                    self.observer.request_begun(time.monotonic() - item.seq.arrival)
+
+    def _execute(self, plan: StepPlan, outputs: StepOutputs) -> SampledTokens:
+        if plan.copies:
+            self._runner.copy_blocks(plan.copies)
+        batch = build_batch(plan, self.kv_cache.block_size, self._runner.device)
+        return self._runner.execute(batch, outputs.sampling)
+
+    def _fail(self, plan: StepPlan) -> None:
+        """After a step that raised: nobody knows what its blocks hold, so nobody may use them."""
+        self._counters.num_faults += 1
+        self._faults_in_a_row += 1
+        for item in plan.scheduled:
+            self._fail_request(item.seq.group, EngineFault("the engine failed in this request"))
+        if self._faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
+            raise EngineFault(f"{MAX_FAULTS_IN_A_ROW} steps failed in a row")
+
+    def _fail_request(self, request: GenerateRequest, error: RequestError) -> None:
+        self._scheduler.abort(request)
+        handle = self._open.pop(id(request), None)
+        if handle is not None:
+            self._outbox.append((handle, error))
+
+    def _emit(self, delta: TokenDelta, request: GenerateRequest) -> None:
+        handle = self._open.get(id(request))
+        if handle is None:
+            return
+        self._outbox.append((handle, delta))
+        if delta.finish_reason is not None:
+            handle.num_running_samples -= 1
+            if handle.num_running_samples == 0:
+                del self._open[id(request)]
+
+    def _publish(self) -> None:
+        """One callback for all that the step brought, and a new snapshot."""
+        self._statistics = self._counters.snapshot(self._scheduler, self._cost)
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self._post(lambda: self._deliver(outbox))
+
+    def _post(self, callback: Callable[[], None]) -> None:
+        assert self._loop is not None
+        # The loop may be gone already when the process is torn down: nobody listens then.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback)
+
+    def _warm_up(self) -> None:
+        """Runs a prompt and a decode into blocks that nobody has yet: the first request finds
+        memory, threads and code warm, and routing finds measured rates."""
+        block_size = self.kv_cache.block_size
+        limits = self._scheduler.limits
+        num_tokens = min(
+            limits.max_tokens_per_batch,
+            limits.max_model_len - 1,
+            self.kv_cache.pool.num_blocks * block_size - 1,
+            WARM_UP_TOKENS,
+        )
+        few = min(num_tokens, WARM_UP_TOKENS // 8)
+        for start, num_rows in ((0, few), (few, 1), (0, num_tokens), (num_tokens, 1)):
+            seq = Sequence(_warm_up_request(start), 0, 0.0)
+            seq.token_ids.extend([0] * num_rows)
+            seq.num_computed_tokens = start
+            seq.block_table = list(range(self.kv_cache.blocks_for(num_tokens + 1)))
+            item = ScheduledSequence(seq, start, num_rows, 1)
+            plan = StepPlan([item], int(num_rows == 1), [])
+            outputs = StepOutputs(plan, (), self.vocab_size)
+            started = time.perf_counter()
+            self._execute(plan, outputs)
+            self._cost.observe(item.work, time.perf_counter() - started)
+
+
+def _warm_up_request(num_prompt_tokens: int) -> GenerateRequest:
+    return GenerateRequest(
+        request_id="warm-up",
+        model_id="",
+        prompt_ids=[0] * num_prompt_tokens,
+        sampling=SamplingParams(temperature=0.0, max_tokens=2),
+    )

@@ -1,0 +1,311 @@
+"""Every flag of each role: its meaning, unit and range, grouped by concern.
+
+A flag has the name and the default of its field in `config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from xllm.config import (
+    DEFAULT_ETCD_ADDR,
+    ApiConfig,
+    EngineConfig,
+    EtcdConfig,
+    HostConfig,
+    LogConfig,
+    MasterConfig,
+    WorkerConfig,
+)
+from xllm.flag_types import (
+    ADVERTISED_HOST,
+    BOOLEAN,
+    ETCD_ADDRESSES,
+    HOST,
+    MODEL,
+    NAME,
+    SIZE,
+    TOKENIZER_FOLDER,
+    FlagType,
+    choice,
+    decimal,
+    integer,
+    pattern,
+)
+from xllm.telemetry import LOG_FORMATS, LOG_LEVELS
+
+ROLES = ("master", "worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """`config` has a field `name`, which carries the default; None: not part of a config."""
+
+    config: type[Any] | None
+    name: str
+    type: FlagType
+    help: str
+    default: str | None = None
+    """Shown in `--help` where the field's own default does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Concern:
+    title: str
+    flags: tuple[Flag, ...]
+
+
+_PORT = integer("PORT", 0, 65535)
+_TOKENS = integer("TOKENS", 1)
+_TOKENS_OR_AUTO = integer("TOKENS", 0)
+_FILE = FlagType("FILE", str)
+
+_PROCESS = Concern(
+    "process",
+    (
+        Flag(None, "role", choice(*ROLES), "What this process is.", "required"),
+        Flag(None, "flagfile", _FILE, "Read more flags from this file, one a line.", "none"),
+        Flag(None, "help", BOOLEAN, "Show the flags; with --role, those of one role."),
+        Flag(None, "version", BOOLEAN, "Show the version."),
+    ),
+)
+
+BOTH_CONCERNS: tuple[Concern, ...] = (
+    _PROCESS,
+    Concern(
+        "etcd",
+        (
+            Flag(
+                EtcdConfig,
+                "etcd_addr",
+                ETCD_ADDRESSES,
+                "Where etcd is; with http:// or https:// before it if you like. Without this flag"
+                " a master starts an etcd of its own there if none answers.",
+                DEFAULT_ETCD_ADDR,
+            ),
+            Flag(
+                EtcdConfig,
+                "etcd_namespace",
+                pattern("NAME", r"[\w.-]+", "letters, digits, '.', '_' and '-'"),
+                "Separates clusters that share an etcd.",
+            ),
+            Flag(
+                EtcdConfig,
+                "lease_ttl",
+                decimal("SECONDS", 2, 600),
+                "A process that is silent for so long is gone.",
+            ),
+        ),
+    ),
+    Concern(
+        "addresses",
+        (
+            Flag(HostConfig, "host", HOST, "The address to bind; 0.0.0.0 is all of them."),
+            Flag(
+                HostConfig,
+                "advertise_host",
+                ADVERTISED_HOST,
+                "The address that others reach this process at.",
+                "--host, or where that is 0.0.0.0 the source address of the route to etcd",
+            ),
+        ),
+    ),
+    Concern(
+        "log",
+        (
+            Flag(LogConfig, "log_level", choice(*LOG_LEVELS), "The least level that is written."),
+            Flag(LogConfig, "log_format", choice(*LOG_FORMATS), "The form of a line on stderr."),
+        ),
+    ),
+    Concern(
+        "limits of the public API (a worker's with --enable_service_routing=false)",
+        (
+            Flag(
+                ApiConfig,
+                "max_concurrent_requests",
+                integer("REQUESTS", 1),
+                "More at once are refused with 429.",
+            ),
+            Flag(ApiConfig, "max_body_size", SIZE, "A longer request body is refused with 413."),
+        ),
+    ),
+)
+
+MASTER_CONCERNS: tuple[Concern, ...] = (
+    Concern(
+        "ports",
+        (
+            Flag(MasterConfig, "http_server_port", _PORT, "The public API; 0 is any free port."),
+            Flag(
+                MasterConfig,
+                "rpc_server_port",
+                _PORT,
+                "Health, metrics and administration, for operators; 0 is any free port.",
+            ),
+        ),
+    ),
+    Concern(
+        "requests",
+        (
+            Flag(
+                MasterConfig,
+                "tokenizer_path",
+                TOKENIZER_FOLDER,
+                "The tokenizer of every model.",
+                "obtained from the workers",
+            ),
+            Flag(
+                MasterConfig,
+                "load_balance_policy",
+                choice("RR", "LEAST_LOAD"),
+                "How a worker is picked: in turns, or the one with the least to do.",
+            ),
+        ),
+    ),
+)
+
+WORKER_CONCERNS: tuple[Concern, ...] = (
+    Concern(
+        "model",
+        (
+            Flag(
+                EngineConfig,
+                "model",
+                MODEL,
+                "A Hugging Face folder, or a model on the Hub.",
+                "SmolLM2-135M-Instruct, downloaded once",
+            ),
+            Flag(
+                EngineConfig,
+                "model_id",
+                NAME,
+                "What clients call the model.",
+                "the folder's name or the Hub id",
+            ),
+            Flag(
+                EngineConfig,
+                "device",
+                pattern("auto|cpu|cuda[:N]", r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
+                "Where it runs; auto is the first GPU, or the CPU.",
+            ),
+            Flag(
+                EngineConfig,
+                "dtype",
+                choice("auto", "bfloat16", "float32"),
+                "Numbers of weights and cache; auto is bfloat16 where the device has it.",
+            ),
+            Flag(
+                EngineConfig,
+                "num_threads",
+                integer("THREADS", 0, 4096),
+                "Threads that compute on a CPU; 0 is one per core.",
+            ),
+        ),
+    ),
+    Concern(
+        "KV cache",
+        (
+            Flag(EngineConfig, "block_size", integer("TOKENS", 1, 1024), "Tokens of a block."),
+            Flag(
+                EngineConfig,
+                "max_cache_size",
+                SIZE,
+                "KV cache on the device, such as 4GiB or 512M. 0: on a CPU the smaller of 4 GiB"
+                " and a quarter of the available memory, on a GPU by --max_memory_utilization.",
+            ),
+            Flag(
+                EngineConfig,
+                "max_memory_utilization",
+                decimal("SHARE", 0.05, 1),
+                "Share of a GPU's memory for weights and cache.",
+            ),
+            Flag(
+                EngineConfig,
+                "enable_prefix_cache",
+                BOOLEAN,
+                "Reuse the blocks of earlier prompts with the same beginning.",
+            ),
+            Flag(
+                WorkerConfig,
+                "enable_cache_upload",
+                BOOLEAN,
+                "Publish which blocks this worker holds.",
+            ),
+        ),
+    ),
+    Concern(
+        "batches",
+        (
+            Flag(
+                EngineConfig,
+                "max_model_len",
+                _TOKENS_OR_AUTO,
+                "Longest prompt and output together; 0 is what the model was made for.",
+            ),
+            Flag(EngineConfig, "max_tokens_per_batch", _TOKENS, "Most tokens of one step."),
+            Flag(
+                EngineConfig,
+                "max_seqs_per_batch",
+                integer("SEQUENCES", 1, 65536),
+                "Most sequences that run at once.",
+            ),
+            Flag(
+                EngineConfig,
+                "max_tokens_per_chunk_for_prefill",
+                _TOKENS_OR_AUTO,
+                "Most tokens of one prompt in one step; 0 lets the engine choose.",
+            ),
+            Flag(
+                EngineConfig,
+                "enable_chunked_prefill",
+                BOOLEAN,
+                "Compute long prompts in chunks between other requests' tokens.",
+            ),
+        ),
+    ),
+    Concern(
+        "cluster",
+        (
+            Flag(
+                WorkerConfig,
+                "worker_id",
+                pattern("NAME", r"[\w.:\[\]-]+", "letters, digits and '._:-[]'"),
+                "The name it registers under.",
+                "its advertised host:port",
+            ),
+            Flag(
+                WorkerConfig,
+                "port",
+                _PORT,
+                "The token stream, or the public API with --enable_service_routing=false;"
+                " 0 is any free port.",
+            ),
+            Flag(
+                WorkerConfig,
+                "rpc_server_port",
+                _PORT,
+                "Health and metrics, for operators; 0 is any free port.",
+            ),
+            Flag(
+                WorkerConfig,
+                "enable_service_routing",
+                BOOLEAN,
+                "Serve through masters; false: without etcd, the public API on --port.",
+            ),
+            Flag(
+                WorkerConfig,
+                "enable_disagg_pd",
+                BOOLEAN,
+                "Prefill and decode on different workers: not supported yet.",
+            ),
+        ),
+    ),
+)
+
+
+def role_flags(role: str) -> Iterator[Flag]:
+    """The flags that `role` takes, in the order of `--help`."""
+    for concern in (*BOTH_CONCERNS, *(MASTER_CONCERNS if role == "master" else WORKER_CONCERNS)):
+        yield from concern.flags

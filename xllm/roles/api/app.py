@@ -1,0 +1,133 @@
+"""The aiohttp application: routes, middleware, limits, life time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from xllm.config import ApiConfig
+from xllm.errors import EngineFault, InvalidRequest, RequestError
+from xllm.roles.api.errors import error_response, http_error_response
+from xllm.roles.api.handlers import CALL, Call, GenerationHandlers
+from xllm.roles.api.info import InfoHandlers, json_response
+from xllm.roles.api.openapi import openapi_document
+from xllm.roles.api.prompts import PromptEncoder
+from xllm.roles.api.sse import ClientGone
+from xllm.roles.backend import Backend
+from xllm.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
+
+_NUM_ENCODER_THREADS = 2
+_KEEPALIVE_S = 75.0
+_SHUTDOWN_S = 2.0
+_SANE_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a response that nobody will read."""
+
+
+def build_app(backend: Backend, config: ApiConfig, metrics: Metrics) -> web.Application:
+    """The public API over `backend`. Serve it with `make_runner`."""
+    app = web.Application(
+        client_max_size=config.max_body_size,
+        # API keys and CORS belong here, after the one that answers their errors.
+        middlewares=[_answer_errors(metrics)],
+    )
+    executor = ThreadPoolExecutor(_NUM_ENCODER_THREADS, thread_name_prefix="encode")
+
+    async def own_executor(app: web.Application) -> AsyncIterator[None]:
+        yield
+        executor.shutdown(wait=False, cancel_futures=True)
+
+    app.cleanup_ctx.append(own_executor)
+    app.on_response_prepare.append(_add_headers)
+    encoder = PromptEncoder(executor)
+    generate = GenerationHandlers(backend, encoder, config, metrics)
+    info = InfoHandlers(backend, encoder, config.max_body_size)
+    document = openapi_document()
+
+    async def openapi(request: web.Request) -> web.Response:
+        return json_response(document)
+
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", generate.chat_completions),
+            web.post("/v1/completions", generate.completions),
+            web.get("/v1/models", info.models),
+            web.get("/v1/models/{model:.+}", info.model),
+            web.post("/tokenize", info.tokenize),
+            web.post("/detokenize", info.detokenize),
+            web.get("/health", info.health),
+            web.get("/openapi.json", openapi),
+        ]
+    )
+    return app
+
+
+def make_runner(app: web.Application) -> web.AppRunner:
+    """A runner that cancels the handler, and so the generation, when its client goes away."""
+    return web.AppRunner(
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        keepalive_timeout=_KEEPALIVE_S,
+        shutdown_timeout=_SHUTDOWN_S,
+    )
+
+
+def _answer_errors(metrics: Metrics) -> Middleware:
+    """Outermost: names the request, and turns whatever goes wrong into an error object."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        call = request[CALL] = Call(_request_id(request), time.monotonic())
+        try:
+            return await handler(request)
+        except RequestError as error:
+            metrics.request_errors.labels(error.label).inc()
+            if error.http_status >= 500:
+                logger.warning(
+                    "request_failed request_id=%s label=%s message=%r",
+                    *(call.request_id, error.label, error.message),
+                )
+            return error_response(error)
+        except web.HTTPException as error:
+            metrics.request_errors.labels(InvalidRequest.label).inc()
+            return http_error_response(error, request.method, request.path)
+        except ClientGone:
+            metrics.client_disconnects.inc()
+            return web.Response(status=_CLIENT_CLOSED_REQUEST)
+        except asyncio.CancelledError:
+            if request.transport is None or request.transport.is_closing():
+                metrics.client_disconnects.inc()
+            raise
+        except Exception:
+            logger.exception("request_crashed request_id=%s", call.request_id)
+            metrics.request_errors.labels(EngineFault.label).inc()
+            return error_response(EngineFault("internal error"))
+
+    return middleware
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    call = request.get(CALL)
+    if call is None:
+        return
+    response.headers["X-Request-Id"] = call.request_id
+    if call.generations is not None and (worker_ids := call.generations.worker_ids):
+        response.headers["x-xllm-worker-id"] = quote(",".join(worker_ids), safe=":,/[]@")
+
+
+def _request_id(request: web.Request) -> str:
+    """The client's own, if it is fit for a header and a log line."""
+    given = request.headers.get("X-Request-Id", "")
+    return given if _SANE_REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"

@@ -1,0 +1,54 @@
+"""Reading a request's body: bounded, in time, JSON, valid."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+import orjson
+from aiohttp import web
+from pydantic import ValidationError
+
+from xllm.errors import BodyTooLarge, InvalidRequest
+from xllm.roles.api.errors import from_validation
+from xllm.roles.api.requests import ApiModel
+from xllm.roles.api.unsupported import refuse_unsupported
+
+_READ_TIMEOUT_S = 60.0
+
+M = TypeVar("M", bound=ApiModel)
+
+
+async def read_json(request: web.Request, max_bytes: int) -> dict[str, Any]:
+    """The object in the body.
+
+    Raises: BodyTooLarge, without reading on; InvalidRequest if it is no JSON object.
+    """
+    too_large = f"the body is over the {max_bytes} bytes that this server accepts"
+    if (request.content_length or 0) > max_bytes:
+        raise BodyTooLarge(too_large)
+    try:
+        async with asyncio.timeout(_READ_TIMEOUT_S):
+            raw = await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise BodyTooLarge(too_large) from error
+    except TimeoutError as error:
+        raise InvalidRequest(f"the body took over {_READ_TIMEOUT_S:.0f} s to arrive") from error
+    except web.RequestPayloadError as error:
+        raise InvalidRequest(f"the body cannot be read: {error}") from error
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return body
+
+
+def validate(model: type[M], body: dict[str, Any]) -> M:
+    """Raises: InvalidRequest."""
+    refuse_unsupported(body)
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise from_validation(error) from error

@@ -1,0 +1,164 @@
+"""The endpoints that generate: admission, body to job, job to answer."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from xllm.config import ApiConfig
+from xllm.errors import Overloaded
+from xllm.protocol import GenerateRequest, ModelCard
+from xllm.roles.api.body import read_json, validate
+from xllm.roles.api.chat import ChatFormat
+from xllm.roles.api.complete import Job, respond_streamed, respond_whole
+from xllm.roles.api.completions import CompletionFormat
+from xllm.roles.api.format import Format
+from xllm.roles.api.generations import Generations
+from xllm.roles.api.info import select_model
+from xllm.roles.api.prompts import Prompt, PromptEncoder
+from xllm.roles.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from xllm.roles.api.sample import TextOptions
+from xllm.roles.api.sampling import choose_seed, sampling_params
+from xllm.roles.backend import Backend
+from xllm.telemetry import Metrics
+from xllm.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Call:
+    """What every response to one HTTP request says about it in its headers."""
+
+    request_id: str
+    received_at: float
+    """`time.monotonic()`."""
+    generations: Generations | None = None
+
+
+CALL = web.RequestKey("call", Call)
+
+
+class GenerationHandlers:
+    def __init__(
+        self, backend: Backend, encoder: PromptEncoder, config: ApiConfig, metrics: Metrics
+    ) -> None:
+        self._backend = backend
+        self._encoder = encoder
+        self._config = config
+        self._metrics = metrics
+        self._num_running = 0
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        with self._admit():
+            body = validate(ChatCompletionRequest, await self._read(request))
+            card, tokenizer = await self._model(body)
+            prompts = [await self._encoder.chat(body, tokenizer)]
+            response_id = f"chatcmpl-{uuid.uuid4().hex}"
+            return await self._respond(
+                request, body, card, tokenizer, prompts, ChatFormat, response_id
+            )
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        with self._admit():
+            body = validate(CompletionRequest, await self._read(request))
+            card, tokenizer = await self._model(body)
+            prompts = await self._encoder.completion(body, tokenizer, card)
+            response_id = f"cmpl-{uuid.uuid4().hex}"
+            return await self._respond(
+                request, body, card, tokenizer, prompts, CompletionFormat, response_id
+            )
+
+    @contextmanager
+    def _admit(self) -> Iterator[None]:
+        """Raises: Overloaded."""
+        if self._num_running >= self._config.max_concurrent_requests:
+            raise Overloaded(
+                f"{self._num_running} requests are running, which is this server's limit; "
+                "try again later"
+            )
+        self._num_running += 1
+        self._metrics.api_requests_in_flight.inc()
+        try:
+            yield
+        finally:
+            self._num_running -= 1
+            self._metrics.api_requests_in_flight.dec()
+
+    async def _read(self, request: web.Request) -> dict[str, object]:
+        return await read_json(request, self._config.max_body_size)
+
+    async def _model(self, body: GenerationRequest) -> tuple[ModelCard, Tokenizer]:
+        card = select_model(self._backend, body.model)
+        return card, await self._backend.tokenizer(card.model_id)
+
+    async def _respond(
+        self,
+        request: web.Request,
+        body: GenerationRequest,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        format_type: type[Format],
+        response_id: str,
+    ) -> web.StreamResponse:
+        call = request[CALL]
+        with_logprobs = body.num_logprobs is not None
+        job = Job(
+            requests=_generate_requests(body, card, tokenizer, prompts, response_id),
+            prompts=prompts,
+            tokenizer=tokenizer,
+            text_options=TextOptions(
+                stops=body.stops,
+                min_tokens=body.min_tokens or 0,
+                with_scores=with_logprobs,
+                skip_special_tokens=body.skip_special_tokens is not False,
+            ),
+            echo=isinstance(body, CompletionRequest) and bool(body.echo),
+            format=format_type(
+                tokenizer,
+                response_id=response_id,
+                created=int(time.time()),
+                model=card.model_id,
+                with_logprobs=with_logprobs,
+                include_usage=body.include_usage,
+            ),
+            include_usage=body.include_usage,
+            received_at=call.received_at,
+        )
+        call.generations = Generations(self._backend, job.requests)
+        async with call.generations as generations:
+            if body.stream:
+                return await respond_streamed(job, generations, self._metrics, request)
+            return await respond_whole(job, generations, self._metrics)
+
+
+def _generate_requests(
+    body: GenerationRequest,
+    card: ModelCard,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    response_id: str,
+) -> list[GenerateRequest]:
+    """One per prompt. Raises: InvalidRequest."""
+    seed = choose_seed(body.seed)
+    return [
+        GenerateRequest(
+            request_id=response_id if len(prompts) == 1 else f"{response_id}-{i}",
+            model_id=card.model_id,
+            prompt_ids=prompt.token_ids,
+            sampling=sampling_params(
+                body,
+                seed=seed,
+                num_prompt_tokens=len(prompt.token_ids),
+                defaults=tokenizer.default_sampling,
+                card=card,
+            ),
+            n=body.n or 1,
+            salt=body.cache_salt or "",
+        )
+        for i, prompt in enumerate(prompts)
+    ]

@@ -1,0 +1,241 @@
+"""Who is alive: what etcd says of workers and their load, and what their streams say.
+
+Only etcd adds a worker; etcd and its stream together remove it:
+
+                    stream down      stream up       stream up, silent    worker drains
+    lease alive     CONNECTING       READY           SUSPECT              DRAINING
+    lease gone      removed          SUSPECT         SUSPECT              DRAINING
+
+A lease may be gone while its worker runs on (a pause, an etcd that came back empty), so a worker
+whose stream answers stays. READY workers get requests; SUSPECT ones only while no other is READY.
+
+Of the workers of one model the first sets weights and block size for as long as any that agrees
+with it is here; one that does not agree is REFUSED, and has no stream.
+
+Everything here is synchronous. Whoever feeds the registry runs the streams that `streams()` names,
+and ends those that it does not name any more.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from xllm.coordination import PUT, Change, KeyValue, Snapshot
+from xllm.errors import NoWorker, UnknownModel
+from xllm.protocol import ModelCard, WorkerId, WorkerInfo, WorkerLoad, WorkerState
+from xllm.roles.global_scheduler import Candidate
+from xllm.roles.registration import CacheGroup, decode_worker
+from xllm.roles.stream_client import StreamState
+
+logger = logging.getLogger(__name__)
+
+
+class StreamView(Protocol):
+    """What the registry needs of a `WorkerStream`."""
+
+    @property
+    def state(self) -> StreamState: ...
+    @property
+    def draining(self) -> bool: ...
+    def unreported(self, load: WorkerLoad | None) -> int: ...
+    def expect(self, info: WorkerInfo) -> None: ...
+
+
+StreamT = TypeVar("StreamT", bound=StreamView)
+
+
+class MemberState(enum.StrEnum):
+    CONNECTING = "connecting"
+    READY = "ready"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+    REFUSED = "refused"
+
+
+class Member(Generic[StreamT]):
+    """One worker. `stream` is None while it is refused."""
+
+    __slots__ = ("info", "refusal", "registered", "since", "stream")
+
+    def __init__(self, info: WorkerInfo, since: int) -> None:
+        self.info = info
+        self.since = since
+        """create_revision of its key: who was first."""
+        self.registered = True
+        self.refusal = ""
+        self.stream: StreamT | None = None
+
+    @property
+    def model_id(self) -> str:
+        return self.info.model.model_id
+
+    @property
+    def state(self) -> MemberState:
+        if self.stream is None:
+            return MemberState.REFUSED
+        if self.stream.state is StreamState.CONNECTING:
+            return MemberState.CONNECTING
+        if self.stream.draining or self.info.state is WorkerState.DRAINING:
+            return MemberState.DRAINING
+        if not self.registered or self.stream.state is StreamState.SUSPECT:
+            return MemberState.SUSPECT
+        return MemberState.READY
+
+
+class Registry(Generic[StreamT]):
+    """All workers that this master knows. `make_stream` must not do I/O."""
+
+    def __init__(self, make_stream: Callable[[WorkerInfo], StreamT]) -> None:
+        self._make_stream = make_stream
+        self._members: dict[WorkerId, Member[StreamT]] = {}
+        self._loads: dict[WorkerId, WorkerLoad] = {}
+        self._groups: dict[str, CacheGroup] = {}
+        """By model_id, of every model that was ever here: that it is away is not a typo."""
+
+    # What etcd and the streams say
+
+    def apply_workers(self, update: Snapshot | list[Change]) -> None:
+        """A batch of the watch on `workers/`."""
+        if isinstance(update, Snapshot):
+            present = {_worker_id(kv) for kv in update.kvs}
+            for worker_id, member in self._members.items():
+                member.registered = worker_id in present
+            for kv in update.kvs:
+                self._put(kv)
+        else:
+            for change in update:
+                if change.kind is PUT:
+                    self._put(change.kv)
+                elif (gone := self._members.get(_worker_id(change.kv))) is not None:
+                    gone.registered = False
+        self.settle()
+
+    def apply_loads(self, update: Snapshot | list[Change]) -> None:
+        """A batch of the watch on `load/`."""
+        if isinstance(update, Snapshot):
+            self._loads.clear()
+            update = [Change(PUT, kv) for kv in update.kvs]
+        for change in update:
+            worker_id = _worker_id(change.kv)
+            self._loads.pop(worker_id, None)
+            if change.kind is PUT:
+                try:
+                    self._loads[worker_id] = msgspec.json.decode(change.kv.value, type=WorkerLoad)
+                except msgspec.MsgspecError as error:
+                    logger.warning("bad_load key=%s error=%r", change.kv.key, str(error))
+
+    def settle(self) -> None:
+        """Drops who is gone and groups the others; to be called when a stream has changed."""
+        for worker_id, member in list(self._members.items()):
+            gone = (MemberState.CONNECTING, MemberState.REFUSED)
+            if not member.registered and member.state in gone:
+                del self._members[worker_id]
+                logger.info("worker_removed worker_id=%s", worker_id)
+        served = {(m.model_id, m.info.fingerprint, m.info.block_size) for m in self}
+        for member in sorted(self, key=lambda member: member.since):
+            group = self._groups.get(member.model_id)
+            if (
+                group is None
+                or (member.model_id, group.fingerprint, group.block_size) not in served
+            ):
+                group = self._groups[member.model_id] = CacheGroup.of(member.info)
+            self._admit(member, group)
+
+    def _put(self, kv: KeyValue) -> None:
+        info = decode_worker(kv)
+        if info is None:
+            return
+        member = self._members.get(info.worker_id)
+        if member is None:
+            self._members[info.worker_id] = Member(info, kv.create_revision)
+            logger.info(
+                "worker_added worker_id=%s model_id=%s address=%s",
+                *(info.worker_id, info.model.model_id, info.address),
+            )
+            return
+        before = member.info
+        member.info = info
+        member.registered = True
+        if info.epoch != before.epoch:
+            logger.info("worker_registered_anew worker_id=%s epoch=%x", info.worker_id, info.epoch)
+        if info.model.model_id != before.model.model_id:
+            member.stream = None
+        if member.stream is not None:
+            member.stream.expect(info)
+
+    def _admit(self, member: Member[StreamT], group: CacheGroup) -> None:
+        refusal = group.refusal(member.info)
+        if refusal and refusal != member.refusal:
+            logger.warning("worker_refused worker_id=%s reason=%r", member.info.worker_id, refusal)
+        member.refusal = refusal
+        if refusal:
+            member.stream = None
+        elif member.stream is None:
+            member.stream = self._make_stream(member.info)
+
+    # What the rest of the master asks
+
+    def __iter__(self) -> Iterator[Member[StreamT]]:
+        return iter(self._members.values())
+
+    def streams(self) -> set[StreamT]:
+        """Those that should be running now."""
+        return {member.stream for member in self if member.stream is not None}
+
+    def count_states(self) -> dict[MemberState, int]:
+        """Workers per state, zeros included."""
+        counts = dict.fromkeys(MemberState, 0)
+        for member in self:
+            counts[member.state] += 1
+        return counts
+
+    def model_cards(self) -> list[ModelCard]:
+        """Models that can be served now. A length holds on every worker of the model."""
+        cards: dict[str, ModelCard] = {}
+        for member in self._usable():
+            card = member.info.model
+            other = cards.get(card.model_id)
+            if other is None or card.max_model_len < other.max_model_len:
+                cards[card.model_id] = card
+        return [cards[model_id] for model_id in sorted(cards)]
+
+    def usable(self, model_id: str) -> list[Member[StreamT]]:
+        """The workers that may get a request of the model, by id; never empty.
+
+        Raises: UnknownModel, NoWorker.
+        """
+        members = [member for member in self._usable() if member.model_id == model_id]
+        ready = [member for member in members if member.state is MemberState.READY]
+        if members:
+            return sorted(ready or members, key=lambda member: member.info.worker_id)
+        if model_id in self._groups or not self._groups:
+            raise NoWorker("no worker can serve at the moment; try again", retry_after_s=1)
+        raise UnknownModel(f"no worker serves the model {model_id!r}", param="model")
+
+    def candidates(self, model_id: str) -> list[Candidate]:
+        """`usable`, as a policy sees it. Raises: UnknownModel, NoWorker."""
+        candidates = []
+        for member in self.usable(model_id):
+            assert member.stream is not None
+            load = self._loads.get(member.info.worker_id)
+            unreported = member.stream.unreported(load)
+            candidates.append(Candidate(member.info.worker_id, load, unreported))
+        return candidates
+
+    def stream(self, worker_id: WorkerId) -> StreamT:
+        """The stream of one of the `candidates`."""
+        stream = self._members[worker_id].stream
+        assert stream is not None
+        return stream
+
+    def _usable(self) -> Iterator[Member[StreamT]]:
+        return (m for m in self if m.state in (MemberState.READY, MemberState.SUSPECT))
+
+
+def _worker_id(kv: KeyValue) -> WorkerId:
+    return WorkerId(kv.key.rpartition("/")[2])

@@ -38,6 +38,7 @@ class NativeDecoder:
         self._hidden_size = config.hidden_size
         self._vocab_size = config.vocab_size
         self._kept: list[object] = []
+        self._cache_address = 0
         self.weight_bytes = 0
         """Read by a decode step: all but an untied embedding."""
 
@@ -75,6 +76,9 @@ class NativeDecoder:
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         assert kv_cache.dtype == self._dtype
+        if kv_cache.data_ptr() != self._cache_address:
+            self._cache_address = kv_cache.data_ptr()
+            native.advise_huge_pages(kv_cache)
         hidden = torch.empty(batch.logits_indices.shape[0], self._hidden_size, dtype=self._dtype)
         step = StepStruct(
             native.batch_struct(batch),

@@ -47,7 +47,7 @@ class Kernels(Protocol):
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(x + residual), x + residual)."""
+        """(rms_norm(x + residual), x + residual), in new memory or in that of x and residual."""
         ...
 
     def rope_and_write(

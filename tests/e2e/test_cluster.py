@@ -163,10 +163,14 @@ def test_a_worker_that_does_not_fit_is_refused(cluster: Cluster) -> None:
 
 def test_a_taken_port_is_named(cluster: Cluster) -> None:
     port = cluster.workers[0].port
-    for role, flag in (("master", "http_server_port"), ("worker", "port")):
-        process = cluster.launcher.xllm(
+    flags = {"master": "http_server_port", "worker": "port"}
+    processes = {
+        flag: cluster.launcher.xllm(
             f"--role={role}", f"--etcd_addr={cluster.etcd.address}", f"--{flag}={port}"
         )
+        for role, flag in flags.items()
+    }
+    for flag, process in processes.items():
         assert process.wait(30) == 2
         assert f"--{flag}={port}" in process.log.splitlines()[-1]
 

@@ -120,9 +120,11 @@ def test_a_defect_shows_its_traceback(start: Start) -> None:
     assert "KeyError: 'x'" in err
 
 
-def test_a_role_that_exits_is_an_error(start: Start) -> None:
-    exit_code, _, _ = _end(start("async def run():\n    raise SystemExit(0)"))
+@pytest.mark.parametrize("raised", ["SystemExit(0)", "asyncio.CancelledError()"])
+def test_an_end_that_nobody_asked_for_is_an_error(start: Start, raised: str) -> None:
+    exit_code, _, err = _end(start(f"async def run():\n    raise {raised}"))
     assert exit_code == EXIT_ERROR
+    assert "role_failed" in err
 
 
 @pytest.mark.parametrize(
@@ -222,3 +224,9 @@ def test_a_signal_before_anything_has_begun(start: Start) -> None:
         assert "Traceback" not in err
         # The kernel's default applies until the handlers are there.
         assert exit_code in (EXIT_OK, -signal.SIGTERM)
+
+
+def test_a_master_does_not_load_torch() -> None:
+    """Nor through the packages it uses, which test_imports.py does not see into."""
+    program = "import sys, xllm.roles.master; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

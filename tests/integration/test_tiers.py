@@ -8,9 +8,11 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -123,7 +125,7 @@ class Rig:
         self.tiers.committed(name(i), None if parent is None else name(parent), block_id)
 
     def evict(self, i: int, block_id: int) -> None:
-        self.tiers.evicted(name(i), block_id)
+        self.tiers.evicted(name(i))
         self.blocks[block_id] = 0
 
     def run_one(self) -> bool:
@@ -302,6 +304,41 @@ def test_a_cancelled_load_gives_back_what_was_not_begun(tmp_path: Path) -> None:
     rig.tiers.close()
 
 
+def test_a_load_of_what_has_gone_is_done_at_once(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    gone = [(name(0), TierName.HOST, 3), (name(1), TierName.DISK, 4)]
+    ticket = rig.tiers.start_load(gone, timeout_s=1.0)
+    assert ticket.is_done
+    assert rig.tiers.poll() == [ticket]
+    assert (ticket.num_arrived, ticket.busy_block_ids) == (0, [])
+    cancelled = rig.tiers.start_load(gone, timeout_s=1.0)
+    rig.tiers.cancel(cancelled)
+    assert rig.tiers.poll() == []
+    rig.tiers.close()
+
+
+def test_a_block_that_ends_before_its_ticket_is_seen_is_not_given_back_twice(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(tmp_path)
+    rig.compute(0, 0)
+    rig.settle()
+    rig.compute(1, 1)
+    rig.settle()
+    assert rig.tiers.host is not None
+    rig.tiers.host.table.discard(name(1))
+    found = rig.tiers.match([name(0), name(1)])
+    assert found == [TierName.HOST, TierName.DISK]
+    ticket = rig.load([0, 1], [8, 9])
+    rig.tiers.host.slot(0)[0] ^= 1
+    while rig.run_one():
+        pass
+    assert rig.tiers.poll() == [ticket], "both transfers end in one poll, the first has failed"
+    assert (ticket.num_arrived, ticket.busy_block_ids) == (0, [])
+    assert rig.tiers.take_returned_blocks() == []
+    rig.tiers.close()
+
+
 @pytest.mark.parametrize("tier", [TierName.HOST, TierName.DISK])
 def test_a_flipped_bit_ends_the_prefix_and_drops_the_block(tmp_path: Path, tier: TierName) -> None:
     rig = Rig(tmp_path, host_slots=6 if tier is TierName.HOST else 0)
@@ -414,7 +451,9 @@ def test_threads_move_many_blocks_and_end(tmp_path: Path) -> None:
 
 
 NUM_BLOCKS = 8
-IDS = st.integers(0, 11)
+NUM_IDS = 6
+PICKS = st.integers(0, 99)
+"""Chooses one of however many there are."""
 
 
 class TiersMachine(RuleBasedStateMachine):
@@ -431,6 +470,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.busy: set[int] = set()
         self.index: dict[TierName, set[BlockHash]] = {TierName.HOST: set(), TierName.DISK: set()}
         """As an outsider knows it from the events."""
+        self.happened: Counter[str] = Counter()
 
     @initialize(
         policy=st.sampled_from(DiskWritePolicy),
@@ -453,22 +493,22 @@ class TiersMachine(RuleBasedStateMachine):
             **self.kinds,  # type: ignore[arg-type]
         )
 
-    @precondition(lambda self: self.free)
-    @rule(i=IDS, data=st.data())
-    def compute(self, i: int, data: st.DataObject) -> None:
-        if i in self.named.values():
-            return
-        block_id = data.draw(st.sampled_from(sorted(self.free)))
-        self.free.remove(block_id)
-        self.named[block_id] = i
-        self.rig.compute(i, block_id, i - 1 if i else None)
+    @rule(length=st.integers(1, NUM_IDS))
+    def compute(self, length: int) -> None:
+        """A chain is computed, but for what is there already and what finds no room."""
+        for i in range(length):
+            if self.free and i not in self.named.values():
+                block_id = min(self.free)
+                self.free.remove(block_id)
+                self.named[block_id] = i
+                self.rig.compute(i, block_id, i - 1 if i else None)
 
-    @precondition(lambda self: self.named)
-    @rule(data=st.data())
-    def evict(self, data: st.DataObject) -> None:
-        block_id = data.draw(st.sampled_from(sorted(self.named)))
-        self.rig.evict(self.named.pop(block_id), block_id)
-        self.free.add(block_id)
+    @rule(pick=PICKS, limit=st.integers(1, NUM_BLOCKS))
+    def evict(self, pick: int, limit: int) -> None:
+        for _ in range(min(limit, len(self.named))):
+            block_id = sorted(self.named)[pick % len(self.named)]
+            self.rig.evict(self.named.pop(block_id), block_id)
+            self.free.add(block_id)
 
     @rule()
     def clear_device(self) -> None:
@@ -482,13 +522,13 @@ class TiersMachine(RuleBasedStateMachine):
     def clear_tier(self, tier: TierName) -> None:
         self.rig.tiers.clear(tier)
 
-    @rule(length=st.integers(1, 12))
+    @rule(length=st.integers(1, NUM_IDS))
     def use(self, length: int) -> None:
         self.rig.tiers.used([name(i) for i in range(length)])
 
-    @rule(start=IDS)
+    @rule(start=st.integers(0, 2))
     def load(self, start: int) -> None:
-        ids = list(range(start, 12))
+        ids = list(range(start, NUM_IDS))
         found = self.rig.tiers.match([name(i) for i in ids])[: len(self.free)]
         if not found:
             return
@@ -499,12 +539,19 @@ class TiersMachine(RuleBasedStateMachine):
         self.loading[ticket] = (ids[: len(found)], block_ids)
 
     @precondition(lambda self: self.loading)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        position = data.draw(st.integers(0, len(self.loading) - 1))
-        ticket = list(self.loading)[position]
+    @rule(pick=PICKS)
+    def cancel(self, pick: int) -> None:
+        ticket = list(self.loading)[pick % len(self.loading)]
         self.rig.tiers.cancel(ticket)
         self.finish(ticket)
+
+    @rule(num_transfers=st.integers(1, 8))
+    def advance(self, num_transfers: int) -> None:
+        """What usually happens: transfers are run and seen in the order in which they began."""
+        for _ in range(num_transfers):
+            if not self.rig.run_one():
+                break
+            self.poll()
 
     @rule()
     def begin_transfer(self) -> None:
@@ -513,10 +560,9 @@ class TiersMachine(RuleBasedStateMachine):
             self.running.append(transfer)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def end_transfer(self, data: st.DataObject) -> None:
-        position = data.draw(st.integers(0, len(self.running) - 1))
-        self.rig.mover.run(self.running.pop(position))
+    @rule(pick=PICKS)
+    def end_transfer(self, pick: int) -> None:
+        self.rig.mover.run(self.running.pop(pick % len(self.running)))
 
     @rule()
     def poll(self) -> None:
@@ -533,6 +579,7 @@ class TiersMachine(RuleBasedStateMachine):
         ids, block_ids = self.loading.pop(ticket)
         busy = set(ticket.busy_block_ids)
         self.busy |= busy
+        self.happened["arrived"] += ticket.num_arrived
         for position, (i, block_id) in enumerate(zip(ids, block_ids, strict=True)):
             if position < ticket.num_arrived:
                 assert block_id not in busy
@@ -570,16 +617,22 @@ class TiersMachine(RuleBasedStateMachine):
     def set_disk_error(self, error: int) -> None:
         self.rig.io.error = error
 
-    @precondition(lambda self: hasattr(self, "rig"))
     @rule()
     def restart(self) -> None:
         """A clean stop; what is on the device and in the host is gone."""
         self.drain()
         self.rig.io.error = 0
-        self.rig.tiers.close()
+        self.close()
         self.rig = self.make_rig()
         self.free, self.named = set(range(NUM_BLOCKS)), {}
         self.index = {TierName.HOST: set(), TierName.DISK: set()}
+
+    def close(self) -> None:
+        statistics = self.rig.tiers.statistics()
+        self.happened["torn"] += statistics.stores.num_torn
+        self.happened["timeouts"] += statistics.loads.num_timeouts
+        self.happened["corrupt"] += statistics.loads.num_corrupt
+        self.rig.tiers.close()
 
     def drain(self) -> None:
         """Lets everything end: nothing is pinned, reserved or busy any more."""
@@ -625,9 +678,46 @@ class TiersMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "rig"):
             self.drain()
-            self.rig.tiers.close()
+            self.close()
         shutil.rmtree(self.directory)
 
 
 TestTiersMachine = TiersMachine.TestCase
-TestTiersMachine.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestTiersMachine.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_long_random_histories(seed: int) -> None:
+    """The same rules, for as long as it takes rare things to meet: `minimum` says what has to
+    have happened."""
+    random = Random(seed)
+    machine = TiersMachine()
+    policy = list(DiskWritePolicy)[seed % 3]
+    host_slots, disk_slots = [(4, 5), (0, 5), (4, 0), (4, 5)][seed // 3]
+    machine.build(policy, host_slots, disk_slots, addressable=seed % 2 == 0)
+    rules: list[tuple[int, Callable[[], None]]] = [
+        (20, lambda: machine.compute(random.randint(1, NUM_IDS))),
+        (20, lambda: machine.evict(random.randrange(99), random.randint(1, NUM_BLOCKS))),
+        (12, lambda: machine.use(random.randint(1, NUM_IDS))),
+        (20, lambda: machine.load(random.randint(0, 2))),
+        (40, lambda: machine.advance(random.randint(1, 8))),
+        (12, machine.begin_transfer),
+        (12, lambda: machine.running and machine.end_transfer(random.randrange(99))),
+        (20, machine.poll),
+        (4, lambda: machine.loading and machine.cancel(random.randrange(99))),
+        (8, lambda: machine.pass_time(random.choice([0.5, 3.0, 70.0]))),
+        (1, machine.clear_device),
+        (1, lambda: machine.clear_tier(random.choice([TierName.HOST, TierName.DISK]))),
+        (2, lambda: machine.flip_host_bit(random.randrange(4))),
+        (2, lambda: machine.flip_disk_bit(random.randrange(5), random.random() < 0.3)),
+        (1, lambda: machine.set_disk_error(random.choice([5, 28, 30]))),
+        (3, lambda: machine.set_disk_error(0)),
+        (1, machine.restart),
+    ]
+    weights = [weight for weight, _ in rules]
+    for _, step in random.choices(rules, weights, k=2500):
+        step()
+        machine.holds()
+    machine.teardown()
+    minimum = {"arrived": 30, "torn": 5, "timeouts": 1, "corrupt": 1}
+    assert all(machine.happened[what] >= count for what, count in minimum.items()), machine.happened

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,11 +144,6 @@ def test_pure_modules_know_no_io(module: str) -> None:
 def test_the_master_does_not_import_torch(module: str) -> None:
     found = closure(module)
     assert "torch" not in found, f"by {found['torch']}"
-
-
-def test_the_master_does_not_load_torch_through_others() -> None:
-    program = "import sys, xllm.main, xllm.roles.master; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_the_command_starts_with_next_to_nothing() -> None:

@@ -50,7 +50,16 @@ class _Item:
 class LoadTicket:
     """What one request waits for. Read by the scheduler, changed by `Loader` only."""
 
-    __slots__ = ("_items", "_runs", "deadline", "is_done", "limit", "num_arrived", "started_at")
+    __slots__ = (
+        "_items",
+        "_runs",
+        "deadline",
+        "is_done",
+        "is_seen",
+        "limit",
+        "num_arrived",
+        "started_at",
+    )
 
     def __init__(self, items: list[_Item], started_at: float, deadline: float) -> None:
         self._items = items
@@ -61,6 +70,8 @@ class LoadTicket:
         self.num_arrived = 0
         """Leading blocks whose bytes are on the device and verified."""
         self.is_done = False
+        self.is_seen = False
+        """Its owner knows that it is done, and so which of its blocks are busy."""
 
     @property
     def tiers(self) -> list[TierName]:
@@ -69,8 +80,8 @@ class LoadTicket:
 
     @property
     def busy_block_ids(self) -> list[int]:
-        """Device blocks that a transfer still writes to, when the ticket is done: they are not the
-        request's any more."""
+        """Device blocks that a transfer still writes to: when the ticket is done, they are not the
+        request's any more. To be read as soon as `poll` or `cancel` returns."""
         return [item.block_id for item in self._items if item.under_way]
 
 
@@ -167,11 +178,17 @@ class Loader:
         return ticket
 
     def cancel(self, ticket: LoadTicket) -> None:
-        """The request does not want its blocks any more; the ticket is done at once, with none."""
-        if not ticket.is_done:
-            self.counters.num_cancelled += 1
+        """The request does not want its blocks any more: the ticket is done at once, with none."""
+        if ticket.is_seen:
+            return
+        self.counters.num_cancelled += 1
+        if ticket.is_done:
+            self._done.remove(ticket)
+        else:
             self._lower(ticket, 0)
             self._finish(ticket)
+        ticket.num_arrived = 0
+        ticket.is_seen = True
 
     def expire(self) -> None:
         """Ends the tickets whose deadline has passed: with what has arrived."""
@@ -184,6 +201,8 @@ class Loader:
     def take_done(self) -> list[LoadTicket]:
         """Tickets done since the last call, but for cancelled ones."""
         done, self._done = self._done, []
+        for ticket in done:
+            ticket.is_seen = True
         return done
 
     def take_returned_blocks(self) -> list[int]:
@@ -254,7 +273,7 @@ class Loader:
         for item, sound in zip(run.items, run.sound, strict=True):
             item.under_way = False
             item.arrived = sound
-            if ticket.is_done:
+            if ticket.is_seen:
                 self._returned.append(item.block_id)
         self._unpin(run)
         if transfer.error is None:

@@ -17,7 +17,7 @@ FORGET_AFTER_S = 30.0
 
 
 class TransferRate:
-    """An average of bytes per second in which each byte counts half of a later one, see above."""
+    """A moving average of bytes per second, weighted by bytes: see HALF_LIFE_BYTES."""
 
     __slots__ = ("_bytes", "_clock", "_measured_at", "_seconds", "total_bytes", "total_seconds")
 

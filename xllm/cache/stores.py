@@ -101,10 +101,11 @@ class Storer:
                 self._want_on_disk(block_hash, parent)
             parent = block_hash
 
-    def evicted(self, block_hash: BlockHash, block_id: int) -> None:
+    def evicted(self, block_hash: BlockHash) -> None:
         """A device block has lost its name and may be overwritten from now on."""
-        self._resident.pop(block_hash, None)
-        self._transfers.evicted(block_id)
+        resident = self._resident.pop(block_hash, None)
+        if resident is not None:
+            self._transfers.evicted(resident[0])
 
     def cleared(self) -> None:
         """All device blocks have lost their names."""

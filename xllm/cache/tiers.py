@@ -154,9 +154,9 @@ class Tiers:
             table.touch(chain)
         self._storer.used(chain)
 
-    def evicted(self, block_hash: BlockHash, block_id: int) -> None:
+    def evicted(self, block_hash: BlockHash) -> None:
         """A device block has lost its name; called before anybody may write to it."""
-        self._storer.evicted(block_hash, block_id)
+        self._storer.evicted(block_hash)
 
     def cleared(self) -> None:
         """All device blocks have lost their names; called before anybody may write to them."""

@@ -34,7 +34,7 @@ from xllm.engine.request import Sequence
 from xllm.engine.runner import Runner
 from xllm.engine.sampler import SampledTokens
 from xllm.engine.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, StepPlan
-from xllm.engine.statistics import Counters, EngineStatistics
+from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
 from xllm.errors import EngineFault, InvalidRequest, NoWorker, Overloaded, RequestError
 from xllm.protocol import GenerateRequest, SamplingParams, TokenDelta
@@ -107,6 +107,8 @@ class Engine:
         """The event loop's: requests that have not ended."""
         self._open: dict[int, RunningRequest] = {}
         """The engine thread's, by id of the request message, which the handle keeps alive."""
+        self.observer: EngineObserver | None = None
+        """To be set before `start`."""
         self._counters = Counters()
         self._statistics = EngineStatistics(num_blocks=runner.num_blocks)
         self._outbox: list[tuple[RunningRequest, TokenDelta | RequestError]] = []
@@ -274,6 +276,7 @@ class Engine:
         plan = self._scheduler.schedule()
         if not plan.scheduled:
             return False
+        self._observe_begun(plan)
         work = plan.work
         started = time.perf_counter()
         outputs = StepOutputs(plan, self._eos_token_ids, self.vocab_size)
@@ -296,7 +299,16 @@ class Engine:
         seconds = time.perf_counter() - started
         self._cost.observe(work, seconds)
         self._counters.count(plan, seconds)
+        if self.observer is not None:
+            self.observer.step_done(plan, seconds)
         return True
+
+    def _observe_begun(self, plan: StepPlan) -> None:
+        for item in plan.scheduled[plan.num_decodes :]:
+            if not item.seq.is_begun:
+                item.seq.is_begun = True
+                if self.observer is not None:
+                    self.observer.request_begun(time.monotonic() - item.seq.arrival)
 
     def _execute(self, plan: StepPlan, outputs: StepOutputs) -> SampledTokens:
         if plan.copies:
@@ -354,7 +366,11 @@ class Engine:
             self.kv_cache.pool.num_blocks * block_size - 1,
             WARM_UP_TOKENS,
         )
-        for turn, (start, num_rows) in enumerate(((0, num_tokens), (num_tokens, 1)) * 3):
+        few = min(num_tokens, WARM_UP_TOKENS // 8)
+        shapes = [(0, few), (few, 1), (0, num_tokens), (num_tokens, 1)]
+        # A GPU's kernels are compiled and its graphs captured by their first runs.
+        num_cold = 0 if self._runner.device.type == "cpu" else len(shapes)
+        for turn, (start, num_rows) in enumerate(shapes * 2 if num_cold else shapes):
             seq = Sequence(_warm_up_request(start), 0, 0.0)
             seq.token_ids.extend([0] * num_rows)
             seq.num_computed_tokens = start
@@ -364,7 +380,7 @@ class Engine:
             outputs = StepOutputs(plan, (), self.vocab_size)
             started = time.perf_counter()
             self._execute(plan, outputs)
-            if turn >= 2:  # the first of each kind ran cold, or compiled something
+            if turn >= num_cold:
                 self._cost.observe(item.work, time.perf_counter() - started)
 
 

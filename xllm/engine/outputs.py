@@ -63,7 +63,7 @@ class StepOutputs:
             logprobs = [logprob] if logprob is not None else None
             if seq.history is not None:
                 seq.history.append(advance.token_ids[0])
-        is_first = advance.offset == 0
+        is_first = advance.offset == len(seq.group.output_ids)
         cached = seq.cached_tokens or {}
         return TokenDelta(
             request_id=seq.request_id,
@@ -76,9 +76,7 @@ class StepOutputs:
             logprobs=logprobs,
             prompt_logprobs=seq.prompt_logprobs if is_first and seq.wants_prompt_logprobs else None,
             cached_tokens=sum(cached.values()),
-            cached_tokens_by_tier={tier.value: n for tier, n in cached.items()}
-            if seq.finish_reason is not None
-            else {},
+            cached_tokens_by_tier={tier.value: n for tier, n in cached.items()} if is_first else {},
         )
 
     def _add(self, item: ScheduledSequence) -> None:

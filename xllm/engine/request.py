@@ -50,6 +50,7 @@ class Sequence:
         "group",
         "history",
         "index",
+        "is_begun",
         "load",
         "num_committed_blocks",
         "num_computed_tokens",
@@ -73,6 +74,8 @@ class Sequence:
         self.token_ids: Final[list[int]] = [*request.prompt_ids, *request.output_ids]
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
+        self.is_begun = False
+        """It has been in a step."""
         self.num_computed_tokens = 0
         self.num_written_tokens = 0
         """Leading tokens whose KV was found in the cache when the sequence was admitted: their

@@ -17,7 +17,7 @@ import torch
 from xllm.config import EngineConfig
 from xllm.engine.batch import Batch, Staging
 from xllm.engine.kernels.interface import Decoder
-from xllm.engine.kernels.select import build_decoder
+from xllm.engine.kernels.select import load_decoder
 from xllm.engine.memory import available_memory_bytes
 from xllm.engine.model_config import DecoderConfig, load_config
 from xllm.engine.sampler import SampledTokens, SamplingBatch, sample
@@ -49,13 +49,14 @@ class Runner:
         self.config = config
         self.device = _pick_device(config.device)
         self.dtype = _pick_dtype(config.dtype, self.device)
+        self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
         if self.device.type == "cpu":
-            torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(self._num_threads)
         self.model_config, self.fingerprint = self._read_model(model_path)
         self.max_model_len = _pick_max_model_len(config, self.model_config)
         self.block_size = config.block_size
         with torch.inference_mode(), self._open_weights(model_path) as weights:
-            self._decoder = self._build_decoder(weights)
+            self._decoder = self._load_decoder(weights)
         self.num_blocks = self._pick_num_blocks(config)
         self.staging: Staging | None = None
         """How batches get to the device, where that is not the host."""
@@ -107,6 +108,11 @@ class Runner:
             faulty.update(start + row for row in sampled.faulty_rows)
         return SampledTokens(token_ids, logprobs, frozenset(faulty))
 
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[R, V] float32: runs one step and samples nothing. For evaluation: R is not bounded."""
+        return self._decoder.logits(self._decoder.forward(batch, self._cache))
+
     def _read_model(self, model_path: Path) -> tuple[DecoderConfig, str]:
         """The model's configuration and fingerprint."""
         model = load_config(model_path, self.config.max_model_len)
@@ -115,8 +121,8 @@ class Runner:
     def _open_weights(self, model_path: Path) -> AbstractContextManager[WeightSource]:
         return Checkpoint(model_path, self.model_config, self.dtype, self.device)
 
-    def _build_decoder(self, weights: WeightSource) -> Decoder:
-        return build_decoder(
+    def _load_decoder(self, weights: WeightSource) -> Decoder:
+        return load_decoder(
             self.model_config,
             weights,
             device=self.device,
@@ -124,6 +130,7 @@ class Runner:
             max_model_len=self.max_model_len,
             max_seqs=self.config.max_seqs_per_batch,
             block_size=self.block_size,
+            num_threads=self._num_threads,
         )
 
     def _new_cache(self, num_blocks: int) -> torch.Tensor:

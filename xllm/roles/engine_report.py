@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import Protocol
 
+from xllm.engine.scheduler import StepPlan
 from xllm.engine.statistics import EngineStatistics
 from xllm.protocol import Epoch, Watermark, WorkerLoad
 from xllm.telemetry import Metrics
@@ -13,6 +14,28 @@ from xllm.telemetry import Metrics
 logger = logging.getLogger(__name__)
 
 STATUS_PERIOD_S = 10.0
+
+
+class StepMetrics:
+    """Feeds the histograms, on the engine's thread: an `EngineObserver`."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._queue_time = metrics.request_queue_time_seconds
+        self._rows = metrics.iteration_tokens
+        self._step = {
+            phase: metrics.step_seconds.labels(phase) for phase in ("prefill", "decode", "mixed")
+        }
+
+    def request_begun(self, waited_s: float) -> None:
+        self._queue_time.observe(waited_s)
+
+    def step_done(self, plan: StepPlan, seconds: float) -> None:
+        if plan.num_decodes == len(plan.scheduled):
+            phase = "decode"
+        else:
+            phase = "mixed" if plan.num_decodes else "prefill"
+        self._step[phase].observe(seconds)
+        self._rows.observe(plan.num_tokens)
 
 
 class ReportedEngine(Protocol):

@@ -16,12 +16,15 @@ from xllm.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 
+ETCD_WAIT_S = 30.0
 LOAD_PERIOD_S = 1.0
 
 
 async def check_peers(client: EtcdClient, keys: Keys, info: WorkerInfo) -> None:
     """Raises: ConfigError if a worker of the same model is registered that does not go with
     `info`; EtcdUnavailable."""
+    # Loading a model takes a while, in which etcd may have been restarted.
+    await client.connect(ETCD_WAIT_S)
     snapshot = await client.range(keys.workers)
     conflict = find_conflict(info, snapshot.kvs)
     if conflict:

@@ -13,34 +13,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from xllm.config import DEFAULT_ETCD_ADDR, WorkerConfig
+from xllm.config import DEFAULT_ETCD_ADDR, EngineConfig, WorkerConfig
 from xllm.coordination import EtcdClient, Keys, Session
-from xllm.engine.engine import Engine
-from xllm.engine.runner import Runner
-from xllm.engine.weights import weight_files
 from xllm.errors import ConfigError
-from xllm.model_store import default_model_id, resolve_model
 from xllm.net import advertised_host, bound_port, join_host_port, listen
-from xllm.protocol import Epoch, ModelCard, WorkerId, WorkerInfo, WorkerLoad
-from xllm.roles.engine_report import EngineReport
+from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad
+from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.local_backend import LocalBackend
-from xllm.roles.membership import WorkerMembership, check_peers
+from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort, serve
 from xllm.roles.stream_server import StreamServer
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer, read_tokenizer_files
 
+if TYPE_CHECKING:
+    from xllm.engine.engine import Engine
+    from xllm.roles.loading import LoadedModel
+
 logger = logging.getLogger(__name__)
 
-ETCD_WAIT_S = 30.0
 DRAIN_S = 3.0
 """Less than a process has to end after a signal."""
 
@@ -69,11 +67,13 @@ async def run_worker(config: WorkerConfig) -> None:
                 await worker.serve_clients(tasks)
 
 
-@dataclass(frozen=True, slots=True)
-class _LoadedModel:
-    path: Path
-    card: ModelCard
-    runner: Runner
+def _load_model(config: EngineConfig) -> LoadedModel:
+    # Torch's threads sleep between its operations: the native kernels have threads of their own.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Only now, because it imports torch: see there.
+    from xllm.roles.loading import load_model
+
+    return load_model(config)
 
 
 class _Worker:
@@ -97,15 +97,13 @@ class _Worker:
             host = await advertised_host(config.net, client.addresses.split(","))
             worker_id = self._worker_id(host)
             await client.connect(ETCD_WAIT_S)
-            model = await self._load_model()
-            # It took a while: etcd may have been restarted meanwhile.
-            await client.connect(ETCD_WAIT_S)
+            model = await asyncio.to_thread(_load_model, config.engine)
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
-            engine, report = await stack.enter_async_context(self._run_engine(model.runner, tasks))
-            tokenizer = await asyncio.to_thread(read_tokenizer_files, model.path)
-            server = StreamServer(worker_id, session.epoch, engine, tokenizer)
+            report = await stack.enter_async_context(self._run_engine(model.engine, tasks))
+            tokenizer = await asyncio.to_thread(read_tokenizer_files, model.folder)
+            server = StreamServer(worker_id, session.epoch, model.engine, tokenizer)
             await server.start(self._main_socket)
             stack.callback(server.close)
             session.on_new_epoch(server.change_epoch)
@@ -120,13 +118,12 @@ class _Worker:
             self.operator.add_collector(membership.collect)
             stack.push_async_callback(session.close)
             tasks.create_task(session.run())
-            await client.connect(ETCD_WAIT_S)
             await membership.join()
             try:
                 tasks.create_task(membership.publish_load())
                 self.ready = True
                 logger.info("worker_ready worker_id=%s address=%s", worker_id, self._address(host))
-                await engine.wait_closed()
+                await model.engine.wait_closed()
             finally:
                 self.ready = False
                 await server.drain(DRAIN_S)
@@ -141,60 +138,26 @@ class _Worker:
             # The engine outlives the API, whose shutdown lets running requests end.
             engine_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
             await stack.enter_async_context(serve(make_runner(app), self._main_socket))
-            model = await self._load_model()
-            engine, _ = await engine_stack.enter_async_context(
-                self._run_engine(model.runner, tasks)
-            )
-            tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.path)
-            backend.open(model.card, engine, tokenizer)
+            model = await asyncio.to_thread(_load_model, config.engine)
+            await engine_stack.enter_async_context(self._run_engine(model.engine, tasks))
+            tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
+            backend.open(model.card, model.engine, tokenizer)
             self.ready = True
             logger.info("worker_ready url=http://%s", self._address(host))
-            await engine.wait_closed()
-
-    async def _load_model(self) -> _LoadedModel:
-        config = self.config.engine
-        path = await asyncio.to_thread(
-            resolve_model,
-            config.model,
-            progress=lambda line: logger.info("model_preparing progress=%r", line),
-        )
-        model_id = config.model_id or default_model_id(config.model)
-        logger.info("model_loading model_id=%s path=%s", model_id, path)
-        runner = await asyncio.to_thread(Runner, config, path)
-        card = ModelCard(
-            model_id=model_id,
-            max_model_len=runner.max_model_len,
-            vocab_size=runner.model_config.vocab_size,
-            created=int(time.time()),
-        )
-        logger.info(
-            "model_loaded model_id=%s weights_bytes=%d device=%s dtype=%s max_model_len=%d",
-            model_id,
-            sum(file.stat().st_size for file in weight_files(path)),
-            runner.device,
-            runner.kv_dtype,
-            runner.max_model_len,
-        )
-        logger.info(
-            "cache_sized num_blocks=%d tokens=%d bytes=%d",
-            runner.num_blocks,
-            runner.num_blocks * runner.block_size,
-            runner.num_blocks * runner.block_bytes,
-        )
-        return _LoadedModel(path, card, runner)
+            await model.engine.wait_closed()
 
     @asynccontextmanager
     async def _run_engine(
-        self, runner: Runner, tasks: asyncio.TaskGroup
-    ) -> AsyncIterator[tuple[Engine, EngineReport]]:
-        engine = Engine(runner)
+        self, engine: Engine, tasks: asyncio.TaskGroup
+    ) -> AsyncIterator[EngineReport]:
         report = EngineReport(engine, self.metrics)
+        engine.observer = StepMetrics(self.metrics)
         # Cancelled in here, the process ends without waiting for a step of the warm-up.
         await engine.start()
         try:
             self.operator.add_collector(report.collect)
             tasks.create_task(report.log_status())
-            yield engine, report
+            yield report
         finally:
             await engine.stop()
 
@@ -207,9 +170,7 @@ class _Worker:
             raise ConfigError(f"--worker_id={worker_id}: expected a name without '/' and spaces")
         return WorkerId(worker_id)
 
-    def _info(
-        self, worker_id: WorkerId, epoch: Epoch, host: str, model: _LoadedModel
-    ) -> WorkerInfo:
+    def _info(self, worker_id: WorkerId, epoch: Epoch, host: str, model: LoadedModel) -> WorkerInfo:
         runner = model.runner
         return WorkerInfo(
             worker_id=worker_id,

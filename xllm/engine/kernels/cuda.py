@@ -1,8 +1,9 @@
-"""Kernels for NVIDIA GPUs: attention, norms and RoPE of FlashInfer, matrices by cuBLAS.
+"""Kernels for NVIDIA GPUs: attention, RoPE and activation of FlashInfer, matrices by cuBLAS, and
+two of our own in Triton.
 
 FlashInfer reads the page-first cache in place: its kernels take K and V [N, S, G, D] with any
 stride between blocks, as long as both have the same. Attention is planned once per step, on the
-host, and then run by every layer. float16 and bfloat16 only.
+host, and then run by every layer. float16 and bfloat16 only; the residual is float32.
 
 Unproven: written from FlashInfer's source (0.5.3 and 0.7.2) and not yet run on a GPU. The tests
 marked `cuda` are what has to pass first.
@@ -42,7 +43,7 @@ class FlashInferKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._flashinfer = import_flashinfer()
-        self._write_kv = _import_write_kv()
+        self._triton = _import_triton_kernels()
         self._device = device
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._eager = PagedAttention(self._new_wrapper())
@@ -58,7 +59,7 @@ class FlashInferKernels:
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._flashinfer.norm.fused_add_rmsnorm(x, residual, weight, eps)
+        self._triton.add_rms_norm_(x, residual, weight, eps)
         return x, residual
 
     def rope_and_write(
@@ -79,7 +80,7 @@ class FlashInferKernels:
             cos_sin,
             is_neox=True,
         )
-        self._write_kv(key, value, batch.slot_mapping, kv_layer)
+        self._triton.write_kv(key, value, batch.slot_mapping, kv_layer)
 
     def attention(
         self, query: torch.Tensor, batch: Batch, kv_layer: torch.Tensor, scale: float
@@ -189,12 +190,12 @@ def import_flashinfer() -> ModuleType:
     return module
 
 
-def _import_write_kv() -> Any:
+def _import_triton_kernels() -> ModuleType:
     try:
-        from xllm.engine.kernels.cuda_write import write_kv
+        from xllm.engine.kernels import cuda_triton
     except ImportError as error:
         raise ConfigError(
             f"--device=cuda needs Triton, which cannot be imported ({error}); "
             "install torch's build for CUDA, which brings it along"
         ) from error
-    return write_kv
+    return cuda_triton

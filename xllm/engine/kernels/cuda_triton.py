@@ -1,4 +1,5 @@
-"""K and V of a step's rows into their token slots, in one launch."""
+"""Two small kernels that FlashInfer has not: K and V written except where the slot is -1, and the
+norm of a sum whose residual is float32. One program per row."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def _write(
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
 ) -> None:
-    """One program per row. WIDTH: G D, elements of a token's K."""
+    """WIDTH: G D, elements of a token's K."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)  # int64, so offsets are, too
     if slot >= 0:
@@ -35,7 +36,27 @@ def _write(
         tl.store(kv_layer + token + part_stride + at, values, mask=is_inside)
 
 
+def _add_norm(
+    x: Any,
+    residual: Any,
+    weight: Any,
+    eps: Any,
+    WIDTH: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
+) -> None:
+    at = tl.arange(0, PADDED_WIDTH)
+    is_inside = at < WIDTH
+    start = tl.program_id(0).to(tl.int64) * WIDTH
+    added = tl.load(x + start + at, mask=is_inside, other=0.0).to(tl.float32)
+    total = added + tl.load(residual + start + at, mask=is_inside, other=0.0)
+    tl.store(residual + start + at, total, mask=is_inside)
+    scale = 1.0 / tl.sqrt(tl.sum(total * total, axis=0) / WIDTH + eps)
+    normed = total * scale * tl.load(weight + at, mask=is_inside, other=0.0).to(tl.float32)
+    tl.store(x + start + at, normed.to(x.dtype.element_ty), mask=is_inside)
+
+
 _write_kernel = triton.jit(_write)
+_add_norm_kernel = triton.jit(_add_norm)
 
 
 def write_kv(
@@ -58,4 +79,19 @@ def write_kv(
         kv_layer.shape[2],
         WIDTH=width,
         PADDED_WIDTH=triton.next_power_of_2(width),
+    )
+
+
+def add_rms_norm_(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> None:
+    """residual [T, E] float32 += x [T, E]; x = rms_norm(residual) * weight. Both contiguous."""
+    num_rows, width = x.shape
+    assert x.is_contiguous()
+    assert residual.is_contiguous()
+    assert residual.dtype == torch.float32
+    padded_width = triton.next_power_of_2(width)
+    num_warps = min(16, max(4, padded_width // 256))
+    _add_norm_kernel[(num_rows,)](
+        x, residual, weight, eps, WIDTH=width, PADDED_WIDTH=padded_width, num_warps=num_warps
     )

@@ -43,7 +43,7 @@ class FlashInferKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._flashinfer = import_flashinfer()
-        self._triton = _import_triton_kernels()
+        self._triton = import_triton_kernels()
         self._device = device
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._eager = PagedAttention(self._new_wrapper())
@@ -190,7 +190,7 @@ def import_flashinfer() -> ModuleType:
     return module
 
 
-def _import_triton_kernels() -> ModuleType:
+def import_triton_kernels() -> ModuleType:
     try:
         from xllm.engine.kernels import cuda_triton
     except ImportError as error:

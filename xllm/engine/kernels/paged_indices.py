@@ -43,7 +43,7 @@ def graph_sizes(max_seqs: int) -> list[int]:
     """Numbers of decodes that a graph is captured for, ascending: at most `max_seqs` decodes run,
     and rows cost little below a multiple of eight."""
     sizes = [size for size in (1, 2, 4) if size < max_seqs]
-    return [*sizes, *range(8, max_seqs + 7, 8)] if max_seqs > 4 else [*sizes, max_seqs]
+    return [*sizes, *range(8, max_seqs + 8, 8)] if max_seqs > 4 else [*sizes, max_seqs]
 
 
 def padded_size(sizes: Sequence[int], num_seqs: int) -> int | None:

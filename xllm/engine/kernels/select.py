@@ -18,6 +18,7 @@ from xllm.engine.weights import WeightSource
 logger = logging.getLogger(__name__)
 
 _FLASHINFER_DTYPES = (torch.bfloat16, torch.float16)
+_FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 
 def load_decoder(
@@ -36,7 +37,8 @@ def load_decoder(
     Raises:
         ConfigError: what the device needs is not installed.
     """
-    if device.type == "cuda" and dtype in _FLASHINFER_DTYPES:
+    has_flashinfer = dtype in _FLASHINFER_DTYPES and config.head_dim in _FLASHINFER_HEAD_DIMS
+    if device.type == "cuda" and has_flashinfer:
         from xllm.engine.kernels.cuda_graphs import CudaDecoder
 
         return CudaDecoder(

@@ -87,6 +87,9 @@ async def _measure(vllm_python: Path, model: Path, num_threads: int, num_rounds:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
     }
+    openmp = vllm_python.parents[1] / "lib" / "libiomp5.so"
+    if openmp.is_file():
+        theirs["LD_PRELOAD"] = str(openmp)  # what its manual recommends
     async with (
         _peer(vllm_python, "benchmarks.peer_vllm", model, shared | theirs) as vllm,
         _peer(Path(sys.executable), "benchmarks.peer_ours", model, shared) as ours,

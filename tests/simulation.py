@@ -122,6 +122,10 @@ class FakeTiers:
     def used(self, chain: list[BlockHash]) -> None:
         pass
 
+    def evicted(self, block_hash: BlockHash, block_id: int) -> None:
+        assert self.simulation is not None
+        self.stored[block_hash] = self.simulation.block(block_id)
+
     def cleared(self) -> None:
         pass
 
@@ -137,7 +141,7 @@ class Simulation:
         **limits: int | bool,
     ) -> None:
         root = CacheRoot(fingerprint="f", kv_dtype="float32", block_size=BLOCK_SIZE)
-        pool = BlockPool(num_blocks, self._evicted)
+        pool = BlockPool(num_blocks)
         self.tiers = tiers
         self.kv_cache = KVCache(pool, root, tiers=tiers)  # type: ignore[arg-type]
         if tiers is not None:
@@ -207,10 +211,6 @@ class Simulation:
 
     def block(self, block_id: int) -> list[tuple[int, ...] | None]:
         return self.slots[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE]
-
-    def _evicted(self, block_hash: BlockHash, block_id: int) -> None:
-        if self.tiers is not None:
-            self.tiers.stored[block_hash] = self.block(block_id)
 
     def _slot(self, seq: Sequence, position: int) -> int:
         block_id = seq.block_table[position // BLOCK_SIZE]

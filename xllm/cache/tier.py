@@ -24,9 +24,8 @@ import enum
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from xllm.cache.block_pool import BlockEvent, BlockEventKind
+from xllm.cache.block_pool import BlockEvent, BlockEventKind, BlockObserver
 from xllm.cache.eviction import EvictionPolicy
 from xllm.protocol import BlockHash
 
@@ -77,16 +76,6 @@ class TableStatistics:
     """Stores for which no slot was free or evictable."""
 
 
-class TableObserver(Protocol):
-    """Takes what histograms are made of; called synchronously."""
-
-    def block_reused(self, gap_s: float) -> None:
-        """Time since the block's last use or its store."""
-        ...
-
-    def block_evicted(self, lifetime_s: float, idle_s: float) -> None: ...
-
-
 class _Slot:
     __slots__ = (
         "checksum",
@@ -119,7 +108,7 @@ class SlotTable:
         policy: EvictionPolicy,
         *,
         clock: Callable[[], float],
-        observer: TableObserver | None = None,
+        observer: BlockObserver | None = None,
     ) -> None:
         """`policy` is empty and belongs to the table from now on: it holds the READY blocks."""
         self.num_slots = num_slots

@@ -24,10 +24,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 from xllm.cache.block_hash import CacheRoot
-from xllm.cache.block_pool import BlockPool
+from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.kv_cache import KVCache
+from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
 from xllm.engine.outputs import StepOutputs
 from xllm.engine.request import Sequence
@@ -43,9 +46,16 @@ logger = logging.getLogger(__name__)
 
 Listener = Callable[[TokenDelta | RequestError], None]
 
+TiersFactory = Callable[[BlockPool, CacheRoot, Callable[[], None]], Tiers | None]
+"""Given the pool, the root, and what to call on any thread when the tiers have something to say."""
+
+T = TypeVar("T")
+
 MAX_OPEN_REQUESTS = 4096
 MAX_FAULTS_IN_A_ROW = 3
 WARM_UP_TOKENS = 512
+FLUSH_S = 1.0
+"""For the tiers to write what is still on its way to disk, when the engine stops."""
 IDLE_POLL_S = 0.05
 """Until the scheduler is asked again when requests are there and none can run."""
 
@@ -79,32 +89,48 @@ class RunningRequest:
 class Engine:
     """Runs requests on one `Runner`. Methods are for the event loop's thread."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        open_tiers: TiersFactory = lambda pool, root, on_ended: None,
+        observer: BlockObserver | None = None,
+    ) -> None:
+        """Takes the memory of all tiers, and blocks meanwhile. `observer`: of device blocks.
+
+        Raises: ConfigError.
+        """
         config = runner.config
         root = CacheRoot(
             fingerprint=runner.fingerprint,
             kv_dtype=runner.kv_dtype,
             block_size=config.block_size,
         )
-        pool = BlockPool(runner.num_blocks)
+        pool = BlockPool(runner.num_blocks, observer=observer)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        runner.allocate_cache(runner.num_blocks)
+        self._tiers = open_tiers(pool, root, lambda: self._commands.put(_wake_up))
         limits = SchedulerLimits(
             max_tokens_per_batch=config.max_tokens_per_batch,
             max_seqs_per_batch=config.max_seqs_per_batch,
             max_model_len=runner.max_model_len,
             max_tokens_per_chunk=config.max_tokens_per_chunk_for_prefill,
             enable_chunked_prefill=config.enable_chunked_prefill,
+            prefetch_timeout_s=config.prefetch_timeout / 1e3 if config.prefetch_timeout else None,
         )
         self.root = root
         self.max_model_len = runner.max_model_len
         self.vocab_size = runner.model_config.vocab_size
-        self.kv_cache = KVCache(pool, root, enable_prefix_cache=config.enable_prefix_cache)
+        self.kv_cache = KVCache(
+            pool, root, enable_prefix_cache=config.enable_prefix_cache, tiers=self._tiers
+        )
         self._runner = runner
         self._cost = StepCost()
         self._eos_token_ids = runner.model_config.eos_token_ids
         self._scheduler = Scheduler(self.kv_cache, limits, self._eos_token_ids, self._cost)
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._handles: set[RunningRequest] = set()
         """The event loop's: requests that have not ended."""
+        self._calls: set[asyncio.Future[Any]] = set()
+        """The event loop's: calls that have not been answered."""
         self._open: dict[int, RunningRequest] = {}
         """The engine thread's, by id of the request message, which the handle keeps alive."""
         self.observer: EngineObserver | None = None
@@ -157,6 +183,27 @@ class Engine:
         self._commands.put(lambda: self._begin(handle, arrival))
         return handle
 
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns on the engine's thread, between two steps: it may use the cache.
+
+        Raises: what it raises; NoWorker if the engine does not run.
+        """
+        if self._closed is None or self._closed.done() or self._loop is None:
+            raise NoWorker("the engine of this worker is not running")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+
+        def run() -> None:
+            try:
+                answer = partial(future.set_result, function())
+            except Exception as error:
+                answer = partial(future.set_exception, error)
+            self._post(lambda: None if future.done() else answer())
+
+        self._commands.put(run)
+        return await future
+
     def statistics(self) -> EngineStatistics:
         """As of the last step; any thread."""
         return self._statistics
@@ -205,6 +252,9 @@ class Engine:
             handle.end()
             if listener is not None:
                 listener(EngineFault("the engine has stopped"))
+        for call in list(self._calls):
+            if not call.done():
+                call.set_exception(NoWorker("the engine has stopped"))
         for future in (self._started, self._closed):
             if future is not None and not future.done():
                 if error is None:
@@ -217,7 +267,6 @@ class Engine:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            self._runner.allocate_cache(self._runner.num_blocks)
             self._warm_up()
             self._post(self._set_started)
             has_run = False
@@ -228,6 +277,9 @@ class Engine:
         except BaseException as caught:
             error = caught
             logger.exception("engine_stopped")
+        if self._tiers is not None:
+            self._scheduler.abort_all()
+            self._tiers.close(FLUSH_S)
         self._post(lambda: self._set_closed(error))
 
     def _take_commands(self, *, may_sleep: bool) -> None:
@@ -343,7 +395,7 @@ class Engine:
 
     def _publish(self) -> None:
         """One callback for all that the step brought, and a new snapshot."""
-        self._statistics = self._counters.snapshot(self._scheduler, self._cost)
+        self._statistics = self._counters.snapshot(self._scheduler, self._cost, self._tiers)
         if self._outbox:
             outbox, self._outbox = self._outbox, []
             self._post(lambda: self._deliver(outbox))
@@ -386,3 +438,7 @@ def _warm_up_request(num_prompt_tokens: int) -> GenerateRequest:
         prompt_ids=[0] * num_prompt_tokens,
         sampling=SamplingParams(temperature=0.0, max_tokens=2),
     )
+
+
+def _wake_up() -> None:
+    """A command that only ends the engine's sleep."""

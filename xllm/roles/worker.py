@@ -30,6 +30,7 @@ from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort, serve
 from xllm.roles.stream_server import StreamServer
+from xllm.roles.tier_report import block_observers
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer, read_tokenizer_files
 
@@ -67,13 +68,13 @@ async def run_worker(config: WorkerConfig) -> None:
                 await worker.serve_clients(tasks)
 
 
-def _load_model(config: EngineConfig) -> LoadedModel:
+def _load_model(config: EngineConfig, metrics: Metrics) -> LoadedModel:
     # Torch's threads sleep between its operations: the native kernels have threads of their own.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Only now, because it imports torch: see there.
     from xllm.roles.loading import load_model
 
-    return load_model(config)
+    return load_model(config, block_observers(metrics))
 
 
 class _Worker:
@@ -97,7 +98,7 @@ class _Worker:
             host = await advertised_host(config.net, client.addresses.split(","))
             worker_id = self._worker_id(host)
             await client.connect(ETCD_WAIT_S)
-            model = await asyncio.to_thread(_load_model, config.engine)
+            model = await asyncio.to_thread(_load_model, config.engine, self.metrics)
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
@@ -138,7 +139,7 @@ class _Worker:
             # The engine outlives the API, whose shutdown lets running requests end.
             engine_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
             await stack.enter_async_context(serve(make_runner(app), self._main_socket))
-            model = await asyncio.to_thread(_load_model, config.engine)
+            model = await asyncio.to_thread(_load_model, config.engine, self.metrics)
             await engine_stack.enter_async_context(self._run_engine(model.engine, tasks))
             tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
             backend.open(model.card, model.engine, tokenizer)

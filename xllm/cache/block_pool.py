@@ -86,6 +86,7 @@ class BlockPool:
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._by_hash: dict[BlockHash, int] = {}
+        self._held: set[BlockHash] = set()
         self._events: list[BlockEvent] = []
         self._num_cached = 0
         self._num_evictions = 0
@@ -151,6 +152,26 @@ class BlockPool:
                 else:
                     self._num_cached += 1
 
+    def hold(self, names: Iterable[BlockHash]) -> None:
+        """Keeps these blocks, whenever they are here, by a reference until `unhold`."""
+        for name in names:
+            if name not in self._held:
+                self._held.add(name)
+                if name in self._by_hash:
+                    self.acquire((self._by_hash[name],))
+
+    def unhold(self, names: Iterable[BlockHash]) -> None:
+        for name in names:
+            if name in self._held:
+                self._held.remove(name)
+                if name in self._by_hash:
+                    self.release((self._by_hash[name],))
+
+    @property
+    def held_block_ids(self) -> list[int]:
+        """Blocks that have a reference because of `hold`."""
+        return [self._by_hash[name] for name in self._held if name in self._by_hash]
+
     def commit(self, block_id: int, block_hash: BlockHash) -> bool:
         """Names a full block; False: another block bears that name already."""
         assert self._ref_counts[block_id] > 0, "only a used block is committed"
@@ -159,6 +180,8 @@ class BlockPool:
             return False
         self._hashes[block_id] = block_hash
         self._by_hash[block_hash] = block_id
+        if block_hash in self._held:
+            self._ref_counts[block_id] += 1
         if self._observer is not None:
             self._named_at[block_id] = self._used_at[block_id] = self._clock()
         self._events.append(BlockEvent(BlockEventKind.STORED, block_hash))
@@ -167,10 +190,12 @@ class BlockPool:
     def clear(self) -> int:
         """Forgets every cached block, and the names of used ones; returns how many names went."""
         num_cleared = len(self._by_hash)
+        held = self.held_block_ids
         for block_id in self._by_hash.values():
             self._hashes[block_id] = None
         self._by_hash.clear()
         self._num_cached = 0
+        self.release(held)
         self._events = [BlockEvent(BlockEventKind.CLEARED)]
         return num_cleared
 

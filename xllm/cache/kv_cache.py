@@ -310,6 +310,10 @@ class KVCache:
             self._tiers.cleared()
         return self.pool.clear()
 
+    def name_prompt(self, token_ids: Seq[int], salt: str) -> list[BlockHash]:
+        """Of its full blocks."""
+        return hash_blocks(self._root_of(salt), token_ids, self.block_size)
+
     def statistics(self) -> CacheStatistics:
         return CacheStatistics(self._queried_tokens, dict(self._hit_tokens))
 
@@ -318,6 +322,8 @@ class KVCache:
         self.pool.check_invariants()
         assert set(self._loading.values()) <= {s for s in sequences if s.load is not None}
         references: dict[int, int] = dict.fromkeys(self._busy, 1)
+        for block_id in self.pool.held_block_ids:
+            references[block_id] = references.get(block_id, 0) + 1
         for seq in sequences:
             for block_id in seq.block_table:
                 references[block_id] = references.get(block_id, 0) + 1

@@ -9,7 +9,8 @@ A tier is an array of equal slots. For each slot:
 Rules:
  1. `prepare_` and `complete_` come in pairs, whatever happens in between: a store's slot stays
     RESERVED until its transfer has really ended, however long ago everybody lost interest in it.
- 2. READY is left only at pin count 0. `prepare_load` pins, `complete_load` unpins.
+ 2. READY is left only at pin count 0. `prepare_load` pins, `complete_load` unpins. A name that is
+    held (`hold`) pins its block for as long as it is here.
  3. A block that is discarded or cleared while somebody fills or reads its slot is *dropped*: nobody
     finds it from then on, and its slot becomes free when the last of them completes.
  4. At most one slot bears a name. A lookup answers HIT for READY, PENDING for RESERVED, else MISS.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from xllm.cache.block_pool import BlockEvent, BlockEventKind, BlockObserver
@@ -118,6 +119,7 @@ class SlotTable:
         self._slots = [_Slot() for _ in range(num_slots)]
         self._free = deque(range(num_slots))
         self._by_hash: dict[BlockHash, int] = {}
+        self._held: set[BlockHash] = set()
         self._num_reserved = 0
         self._events: list[BlockEvent] = []
         self._num_pinned = 0
@@ -230,22 +232,31 @@ class SlotTable:
         slot = self._slots[slot_id]
         if slot.state is not SlotState.READY:
             return None
-        slot.num_pins += 1
-        if slot.num_pins == 1:
-            self._num_pinned += 1
+        self._pin(slot)
         return StoredBlock(slot_id, slot.checksum)
 
     def complete_load(self, slot_id: int) -> None:
         """Gives one pin back."""
         slot = self._slots[slot_id]
         assert slot.num_pins > 0, "a load is completed once"
-        slot.num_pins -= 1
-        if slot.num_pins:
-            return
-        if slot.dropped:
+        self._unpin(slot)
+        if slot.dropped and slot.num_pins == 0:
             self._release(slot_id)
-        else:
-            self._num_pinned -= 1
+
+    def hold(self, names: Iterable[BlockHash]) -> None:
+        """Keeps these blocks from being evicted, whenever they are here, until `unhold`."""
+        for name in names:
+            if name not in self._held:
+                self._held.add(name)
+                if self.lookup(name) is Lookup.HIT:
+                    self._pin(self._slots[self._by_hash[name]])
+
+    def unhold(self, names: Iterable[BlockHash]) -> None:
+        for name in names:
+            if name in self._held:
+                self._held.remove(name)
+                if self.lookup(name) is Lookup.HIT:
+                    self._unpin(self._slots[self._by_hash[name]])
 
     def discard(self, block_hash: BlockHash) -> bool:
         """Drops a block, e.g. because its bytes are damaged; returns whether it was there."""
@@ -318,7 +329,18 @@ class SlotTable:
     def check_pins(self, expected: dict[int, int]) -> None:
         """`expected`: pins by slot as their owners count them; absent is none."""
         for slot_id, slot in enumerate(self._slots):
-            assert slot.num_pins == expected.get(slot_id, 0), f"slot {slot_id}"
+            is_held = slot.state is SlotState.READY and not slot.dropped and slot.hash in self._held
+            assert slot.num_pins == expected.get(slot_id, 0) + is_held, f"slot {slot_id}"
+
+    def _pin(self, slot: _Slot) -> None:
+        slot.num_pins += 1
+        if slot.num_pins == 1 and not slot.dropped:
+            self._num_pinned += 1
+
+    def _unpin(self, slot: _Slot) -> None:
+        slot.num_pins -= 1
+        if slot.num_pins == 0 and not slot.dropped:
+            self._num_pinned -= 1
 
     def _publish(self, slot_id: int, checksum: bytes) -> None:
         slot = self._slots[slot_id]
@@ -327,6 +349,8 @@ class SlotTable:
         slot.checksum = checksum
         slot.stored_at = slot.used_at = self._clock()
         self._policy.insert(slot.hash, slot.parent)
+        if slot.hash in self._held:
+            self._pin(slot)
         self._events.append(BlockEvent(BlockEventKind.STORED, slot.hash))
 
     def _evict(self) -> bool:
@@ -356,6 +380,8 @@ class SlotTable:
         del self._by_hash[slot.hash]
         if slot.state is SlotState.READY:
             self._policy.remove(slot.hash)
+            if slot.hash in self._held:
+                self._unpin(slot)
             if slot.num_pins == 0:
                 self._release(slot_id)
                 return

@@ -85,8 +85,15 @@ class Tiers:
         self._mover = mover
         self._loader = Loader(device, mover, host, disk, clock)
         self._storer = Storer(device, mover, host, disk, disk_write_policy, cold_device_blocks)
+        self._held: set[BlockHash] = set()
         self._retries = 0
         """Attempts to attach that are under way."""
+
+    @property
+    def names(self) -> list[TierName]:
+        """From fast to slow; a detached disk is one, too."""
+        tiers = [] if self.host is None else [TierName.HOST]
+        return tiers if self.disk is None else [*tiers, TierName.DISK]
 
     @property
     def next_deadline(self) -> float | None:
@@ -181,6 +188,21 @@ class Tiers:
             )
         return num_blocks
 
+    def holders(self, block_hash: BlockHash) -> list[TierName]:
+        """Every tier that has the block, from fast to slow."""
+        return [tier for tier, table in self._tables() if table.lookup(block_hash) is Lookup.HIT]
+
+    def hold(self, names: Sequence[BlockHash]) -> None:
+        """Keeps these blocks, in every tier where they are or will be, until `unhold`."""
+        self._held.update(names)
+        for _, table in self._tables():
+            table.hold(names)
+
+    def unhold(self, names: Sequence[BlockHash]) -> None:
+        self._held.difference_update(names)
+        for _, table in self._tables():
+            table.unhold(names)
+
     def take_events(self) -> list[tuple[TierName, BlockEvent]]:
         """What changed in the tiers below the device since the last call, in order per tier."""
         events: list[tuple[TierName, BlockEvent]] = []
@@ -267,6 +289,8 @@ class Tiers:
         result = attempt.attachment or transfer.error
         assert result is not None
         self.disk.complete_retry(result)
+        if self.disk.table is not None:
+            self.disk.table.hold(self._held)
 
 
 class _Attempt:

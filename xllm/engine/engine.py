@@ -27,20 +27,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from xllm.cache.admin import CacheAdmin
 from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.kv_cache import KVCache
 from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
+from xllm.engine.limits import check_request, scheduler_limits
 from xllm.engine.outputs import StepOutputs
 from xllm.engine.request import Sequence
 from xllm.engine.runner import Runner
 from xllm.engine.sampler import SampledTokens
-from xllm.engine.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, StepPlan
+from xllm.engine.scheduler import Scheduler, StepPlan
 from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
-from xllm.errors import EngineFault, InvalidRequest, NoWorker, Overloaded, RequestError
-from xllm.protocol import GenerateRequest, SamplingParams, TokenDelta
+from xllm.engine.warm_up import warm_up_plans
+from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError
+from xllm.protocol import GenerateRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,6 @@ T = TypeVar("T")
 
 MAX_OPEN_REQUESTS = 4096
 MAX_FAULTS_IN_A_ROW = 3
-WARM_UP_TOKENS = 512
 FLUSH_S = 1.0
 """For the tiers to write what is still on its way to disk, when the engine stops."""
 IDLE_POLL_S = 0.05
@@ -109,20 +111,19 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         runner.allocate_cache(runner.num_blocks)
         self._tiers = open_tiers(pool, root, lambda: self._commands.put(_wake_up))
-        limits = SchedulerLimits(
-            max_tokens_per_batch=config.max_tokens_per_batch,
-            max_seqs_per_batch=config.max_seqs_per_batch,
-            max_model_len=runner.max_model_len,
-            max_tokens_per_chunk=config.max_tokens_per_chunk_for_prefill,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-            prefetch_timeout_s=config.prefetch_timeout / 1e3 if config.prefetch_timeout else None,
-        )
+        limits = scheduler_limits(config, runner.max_model_len)
         self.root = root
         self.max_model_len = runner.max_model_len
         self.vocab_size = runner.model_config.vocab_size
         self.kv_cache = KVCache(
             pool, root, enable_prefix_cache=config.enable_prefix_cache, tiers=self._tiers
         )
+        self.cache_admin = CacheAdmin(
+            self.kv_cache,
+            self._tiers,
+            max_pinned_blocks=runner.num_blocks - self.kv_cache.blocks_for(runner.max_model_len),
+        )
+        """For functions given to `call`."""
         self._runner = runner
         self._cost = StepCost()
         self._eos_token_ids = runner.model_config.eos_token_ids
@@ -169,7 +170,7 @@ class Engine:
 
         Raises: InvalidRequest, Overloaded.
         """
-        self._validate(request)
+        check_request(request, self.max_model_len, self.vocab_size)
         if self._closed is None or self._closed.done():
             raise NoWorker("the engine of this worker is not running")
         if len(self._handles) >= MAX_OPEN_REQUESTS:
@@ -211,23 +212,6 @@ class Engine:
     @property
     def step_counter(self) -> int:
         return self._statistics.num_steps
-
-    def _validate(self, request: GenerateRequest) -> None:
-        num_tokens = len(request.prompt_ids) + max(request.sampling.max_tokens, 1)
-        if not request.prompt_ids:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if request.sampling.max_tokens == 0:
-            num_tokens -= 1
-        if num_tokens > self.max_model_len:
-            raise InvalidRequest(
-                f"{len(request.prompt_ids)} prompt tokens and up to {request.sampling.max_tokens} "
-                f"output tokens are more than the {self.max_model_len} that this worker can hold",
-                param="max_tokens",
-            )
-        if max(request.prompt_ids) >= self.vocab_size or min(request.prompt_ids) < 0:
-            raise InvalidRequest(
-                f"token ids must be from 0 to {self.vocab_size - 1}", param="prompt"
-            )
 
     def _deliver(self, outbox: list[tuple[RunningRequest, TokenDelta | RequestError]]) -> None:
         for handle, item in outbox:
@@ -325,6 +309,7 @@ class Engine:
         """Runs one step, if anything can run; False: nothing could."""
         if self._is_stopping:
             return False
+        self.cache_admin.expire()
         plan = self._scheduler.schedule()
         if not plan.scheduled:
             return False
@@ -407,37 +392,12 @@ class Engine:
             self._loop.call_soon_threadsafe(callback)
 
     def _warm_up(self) -> None:
-        """Runs a prompt and a decode into blocks that nobody has yet: the first request finds
-        memory, threads and code warm, and routing finds measured rates."""
-        block_size = self.kv_cache.block_size
-        limits = self._scheduler.limits
-        num_tokens = min(
-            limits.max_tokens_per_batch,
-            limits.max_model_len - 1,
-            self.kv_cache.pool.num_blocks * block_size - 1,
-            WARM_UP_TOKENS,
-        )
-        few = min(num_tokens, WARM_UP_TOKENS // 8)
-        for start, num_rows in ((0, few), (few, 1), (0, num_tokens), (num_tokens, 1)):
-            seq = Sequence(_warm_up_request(start), 0, 0.0)
-            seq.token_ids.extend([0] * num_rows)
-            seq.num_computed_tokens = start
-            seq.block_table = list(range(self.kv_cache.blocks_for(num_tokens + 1)))
-            item = ScheduledSequence(seq, start, num_rows, 1)
-            plan = StepPlan([item], int(num_rows == 1), [])
+        num_blocks, block_size = self.kv_cache.pool.num_blocks, self.kv_cache.block_size
+        for plan in warm_up_plans(self._scheduler.limits, num_blocks, block_size):
             outputs = StepOutputs(plan, (), self.vocab_size)
             started = time.perf_counter()
             self._execute(plan, outputs)
-            self._cost.observe(item.work, time.perf_counter() - started)
-
-
-def _warm_up_request(num_prompt_tokens: int) -> GenerateRequest:
-    return GenerateRequest(
-        request_id="warm-up",
-        model_id="",
-        prompt_ids=[0] * num_prompt_tokens,
-        sampling=SamplingParams(temperature=0.0, max_tokens=2),
-    )
+            self._cost.observe(plan.work, time.perf_counter() - started)
 
 
 def _wake_up() -> None:

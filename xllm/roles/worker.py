@@ -17,6 +17,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from xllm.config import DEFAULT_ETCD_ADDR, EngineConfig, WorkerConfig
@@ -24,6 +25,7 @@ from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad
+from xllm.roles.cache_port import CachePort
 from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.local_backend import LocalBackend
 from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
@@ -35,7 +37,6 @@ from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer, read_tokenizer_files
 
 if TYPE_CHECKING:
-    from xllm.engine.engine import Engine
     from xllm.roles.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,11 @@ class _Worker:
         self.config = config
         self.metrics = Metrics(api=not routed, cluster=routed)
         self.ready = False
-        self.operator = OperatorPort(self.metrics, is_ready=lambda: self.ready)
+        max_body_bytes = config.api.max_body_size
+        self.cache_port = CachePort(max_body_bytes)
+        self.operator = OperatorPort(
+            self.metrics, lambda: self.ready, self.cache_port.routes, max_body_bytes
+        )
         self._main_socket = main_socket
         self._operator_socket = operator_socket
 
@@ -102,7 +107,7 @@ class _Worker:
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
-            report = await stack.enter_async_context(self._run_engine(model.engine, tasks))
+            report = await stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(read_tokenizer_files, model.folder)
             server = StreamServer(worker_id, session.epoch, model.engine, tokenizer)
             await server.start(self._main_socket)
@@ -140,7 +145,7 @@ class _Worker:
             engine_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
             await stack.enter_async_context(serve(make_runner(app), self._main_socket))
             model = await asyncio.to_thread(_load_model, config.engine, self.metrics)
-            await engine_stack.enter_async_context(self._run_engine(model.engine, tasks))
+            await engine_stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
             backend.open(model.card, model.engine, tokenizer)
             self.ready = True
@@ -149,8 +154,9 @@ class _Worker:
 
     @asynccontextmanager
     async def _run_engine(
-        self, engine: Engine, tasks: asyncio.TaskGroup
+        self, model: LoadedModel, tasks: asyncio.TaskGroup
     ) -> AsyncIterator[EngineReport]:
+        engine = model.engine
         report = EngineReport(engine, self.metrics)
         engine.observer = StepMetrics(self.metrics)
         # Cancelled in here, the process ends without waiting for a step of the warm-up.
@@ -158,6 +164,7 @@ class _Worker:
         try:
             self.operator.add_collector(report.collect)
             tasks.create_task(report.log_status())
+            self.cache_port.open(engine, model.card, partial(Tokenizer.from_folder, model.folder))
             yield report
         finally:
             await engine.stop()

@@ -83,6 +83,19 @@ class EngineConfig:
     """0: the engine chooses."""
     enable_chunked_prefill: bool = True
     enable_prefix_cache: bool = True
+    host_blocks_factor: float | None = None
+    """Blocks of the host tier for each block of the device; None: 2 on a GPU, 0 on a CPU."""
+    host_cache_size: int = 0
+    """Bytes of the host tier; 0: by `host_blocks_factor`."""
+    disk_cache_dir: str | None = None
+    """None: no disk tier."""
+    disk_cache_size: int = 0
+    """Bytes of the disk tier's file."""
+    disk_write_policy: str = "write_through_selective"
+    eviction_policy: str = "graded"
+    """Of host and disk."""
+    prefetch_timeout: int = 0
+    """Milliseconds; 0: what computing the same tokens would take."""
     num_threads: int = 0
     """Of a CPU worker; 0: the machine's cores."""
 

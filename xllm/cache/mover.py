@@ -16,6 +16,7 @@ running: one too many is refused, never waited for. A transfer that has begun is
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import queue
@@ -129,9 +130,15 @@ class Mover:
                 self._loads.remove(transfer)
         return True
 
-    def take_ended(self) -> list[Transfer]:
-        """Transfers that have ended since the last call; the caller calls their `on_end`."""
+    def take_ended(self, wait_s: float = 0.0) -> list[Transfer]:
+        """Transfers that have ended since the last call; the caller calls their `on_end`.
+
+        Waits so long for the first one.
+        """
         ended = []
+        if wait_s > 0:
+            with contextlib.suppress(queue.Empty):
+                ended.append(self._ended.get(timeout=wait_s))
         while True:
             try:
                 ended.append(self._ended.get_nowait())
@@ -141,7 +148,8 @@ class Mover:
     def close(self, timeout_s: float) -> bool:
         """Refuses stores, lets threads finish what is queued; False: some still run after that.
 
-        The caller drains `take_ended` afterwards.
+        What was not begun in that time ends with an error. The caller drains `take_ended`
+        afterwards.
         """
         with self._condition:
             self._is_closed = True
@@ -149,6 +157,12 @@ class Mover:
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        with self._condition:
+            while self._loads or self._stores:
+                transfer = (self._loads or self._stores).popleft()
+                transfer.state = TransferState.ENDED
+                transfer.error = TimeoutError("the mover was closed before it began")
+                self._ended.put(transfer)
         return not any(thread.is_alive() for thread in self._threads)
 
     def take_work(self, *, wait: bool) -> Transfer | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from xllm.cache.memory import map_pages
 from xllm.config import EngineConfig
 from xllm.engine.batch import Batch, Staging
 from xllm.engine.kernels.interface import Decoder
@@ -138,6 +139,10 @@ class Runner:
     def _new_cache(self, num_blocks: int) -> torch.Tensor:
         model = self.model_config
         block_shape = (model.num_layers, 2, self.block_size, model.num_kv_heads, model.head_dim)
+        if self.device.type == "cpu":
+            # Page-aligned, so that blocks can be read from disk without a copy in between.
+            pages = torch.from_numpy(map_pages(num_blocks * self.block_bytes))
+            return pages.view(self.dtype).view(num_blocks, *block_shape)
         return torch.empty((num_blocks, *block_shape), dtype=self.dtype, device=self.device)
 
     def _pick_num_blocks(self, config: EngineConfig) -> int:

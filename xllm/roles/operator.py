@@ -1,9 +1,9 @@
-"""What both roles tell operators, on a port of its own: /health and /metrics."""
+"""What a process tells operators, on a port of its own: /health, /metrics, and the role's own."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -16,9 +16,18 @@ SHUTDOWN_S = 0.5
 class OperatorPort:
     """Serves from the start of a process, before it is ready."""
 
-    def __init__(self, metrics: Metrics, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        is_ready: Callable[[], bool],
+        routes: Iterable[web.RouteDef] = (),
+        max_body_bytes: int = 1 << 20,
+    ) -> None:
+        """`routes`: the role's own."""
         self._metrics = metrics
         self._is_ready = is_ready
+        self._routes = tuple(routes)
+        self._max_body_bytes = max_body_bytes
         self._collectors: list[Callable[[], None]] = []
 
     def add_collector(self, collect: Callable[[], None]) -> None:
@@ -26,9 +35,13 @@ class OperatorPort:
         self._collectors.append(collect)
 
     def runner(self) -> web.AppRunner:
-        app = web.Application()
+        app = web.Application(client_max_size=self._max_body_bytes)
         app.add_routes(
-            [web.get("/health", self._show_health), web.get("/metrics", self._show_metrics)]
+            [
+                web.get("/health", self._show_health),
+                web.get("/metrics", self._show_metrics),
+                *self._routes,
+            ]
         )
         return web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
 

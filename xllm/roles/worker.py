@@ -17,6 +17,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from xllm.config import DEFAULT_ETCD_ADDR, EngineConfig, WorkerConfig
@@ -24,17 +25,18 @@ from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad
+from xllm.roles.cache_port import CachePort
 from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.local_backend import LocalBackend
 from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort, serve
 from xllm.roles.stream_server import StreamServer
+from xllm.roles.tier_report import block_observers
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer, read_tokenizer_files
 
 if TYPE_CHECKING:
-    from xllm.engine.engine import Engine
     from xllm.roles.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -67,13 +69,13 @@ async def run_worker(config: WorkerConfig) -> None:
                 await worker.serve_clients(tasks)
 
 
-def _load_model(config: EngineConfig) -> LoadedModel:
+def _load_model(config: EngineConfig, metrics: Metrics) -> LoadedModel:
     # Torch's threads sleep between its operations: the native kernels have threads of their own.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Only now, because it imports torch: see there.
     from xllm.roles.loading import load_model
 
-    return load_model(config)
+    return load_model(config, block_observers(metrics))
 
 
 class _Worker:
@@ -84,7 +86,11 @@ class _Worker:
         self.config = config
         self.metrics = Metrics(api=not routed, cluster=routed)
         self.ready = False
-        self.operator = OperatorPort(self.metrics, is_ready=lambda: self.ready)
+        max_body_bytes = config.api.max_body_size
+        self.cache_port = CachePort(max_body_bytes)
+        self.operator = OperatorPort(
+            self.metrics, lambda: self.ready, self.cache_port.routes, max_body_bytes
+        )
         self._main_socket = main_socket
         self._operator_socket = operator_socket
 
@@ -97,11 +103,11 @@ class _Worker:
             host = await advertised_host(config.net, client.addresses.split(","))
             worker_id = self._worker_id(host)
             await client.connect(ETCD_WAIT_S)
-            model = await asyncio.to_thread(_load_model, config.engine)
+            model = await asyncio.to_thread(_load_model, config.engine, self.metrics)
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
-            report = await stack.enter_async_context(self._run_engine(model.engine, tasks))
+            report = await stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(read_tokenizer_files, model.folder)
             server = StreamServer(worker_id, session.epoch, model.engine, tokenizer)
             await server.start(self._main_socket)
@@ -138,8 +144,8 @@ class _Worker:
             # The engine outlives the API, whose shutdown lets running requests end.
             engine_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
             await stack.enter_async_context(serve(make_runner(app), self._main_socket))
-            model = await asyncio.to_thread(_load_model, config.engine)
-            await engine_stack.enter_async_context(self._run_engine(model.engine, tasks))
+            model = await asyncio.to_thread(_load_model, config.engine, self.metrics)
+            await engine_stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
             backend.open(model.card, model.engine, tokenizer)
             self.ready = True
@@ -148,8 +154,9 @@ class _Worker:
 
     @asynccontextmanager
     async def _run_engine(
-        self, engine: Engine, tasks: asyncio.TaskGroup
+        self, model: LoadedModel, tasks: asyncio.TaskGroup
     ) -> AsyncIterator[EngineReport]:
+        engine = model.engine
         report = EngineReport(engine, self.metrics)
         engine.observer = StepMetrics(self.metrics)
         # Cancelled in here, the process ends without waiting for a step of the warm-up.
@@ -157,6 +164,7 @@ class _Worker:
         try:
             self.operator.add_collector(report.collect)
             tasks.create_task(report.log_status())
+            self.cache_port.open(engine, model.card, partial(Tokenizer.from_folder, model.folder))
             yield report
         finally:
             await engine.stop()

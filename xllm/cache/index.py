@@ -115,9 +115,13 @@ class CacheIndex:
 
     def clear(self, worker: WorkerId, tier: TierCode) -> None:
         """A worker's tier is empty."""
-        if worker in self._slots:
-            for _ in self._clear_slices(self._slots[worker], tier):
-                pass
+        for _ in self.clear_slices(worker, tier):
+            pass
+
+    def clear_slices(self, worker: WorkerId, tier: TierCode) -> Iterator[None]:
+        slot = self._slots.get(worker)
+        if slot is not None:
+            yield from self._clear_slices(slot, tier)
 
     def remove_worker(self, worker: WorkerId) -> None:
         """A worker is gone, and all it held with it."""

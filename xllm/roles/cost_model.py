@@ -9,7 +9,10 @@
 
 Loading goes on while others are computed, so it hides behind the backlog.
 
-    displacing   what computing again would cost others for the blocks that this prompt evicts
+What is minimised adds what the prompt takes from others: the time that they wait while it is
+computed, and
+
+    displacing   what computing again would cost for the blocks that this prompt evicts
 
 A block that is stored evicts another, and someone may come back for that one. Without this term, a
 short shared prefix attracts everything to the few workers that hold it, while the memory of others
@@ -32,6 +35,12 @@ MAX_STEP_S = 0.08
 """Of a step with decodes in it: the chunk of a prompt gets what they leave."""
 
 MIN_PREFILL_SHARE = 0.25
+
+WAITING_FACTOR = 1.0
+"""What others wait for each second that a worker computes, in seconds: one request or so comes to
+it meanwhile. Least of its own TTFT alone sends a prompt past a queue to be computed a second time,
+whose cost the ones behind it bear. Replaying the conversation trace on 8 workers: with 0, reuse is
+0.89 of one pooled cache; with 1, 0.95 at the same mean TTFT; with 2, the tail of TTFT grows."""
 
 DEFAULT_COST = PrefillCost(0.0, 1e-3, 0.0)
 """As long as no worker has measured anything: all are equal then."""
@@ -66,7 +75,8 @@ class Parts(NamedTuple):
     @property
     def cost_s(self) -> float:
         """What is minimised: the request's own time, and what it takes from others."""
-        return self.ttft_s + self.displacing_s
+        others_s = WAITING_FACTOR * self.computing_s + (1 + WAITING_FACTOR) * self.displacing_s
+        return self.ttft_s + others_s
 
 
 class WorkerView:

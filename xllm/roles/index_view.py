@@ -98,6 +98,10 @@ class IndexView:
         self._queue.append(worker_id)
 
     @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    @property
     def is_idle(self) -> bool:
         """Everything that was fed is in the index."""
         return self._running is None and not self._queue
@@ -114,7 +118,7 @@ class IndexView:
                     return
             self._running = None
 
-    def take_resyncs(self) -> list[tuple[WorkerId, Epoch]]:
+    def missing(self) -> list[tuple[WorkerId, Epoch]]:
         """Epochs of which something is missing: to be read again and fed as `WorkerSnapshot`."""
         return [(w, Epoch(e.id)) for w, e in self._epochs.items() if e.lost and not e.is_over]
 

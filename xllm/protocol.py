@@ -26,6 +26,9 @@ Epoch = NewType("Epoch", int)
 
 PROTOCOL_VERSION = 1
 
+TIER_NAMES = ("device", "host", "disk", "remote")
+"""From fast to slow: `cache/tier.py` has them as an enum."""
+
 
 class FinishReason(enum.StrEnum):
     STOP = "stop"
@@ -108,6 +111,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """In the first delta, when asked for: one per prompt token, None for the first."""
     cached_tokens: int = 0
     """Prompt tokens that were not computed; the same in every delta of a sample."""
+    cached_tokens_by_tier: dict[str, int] = msgspec.field(default_factory=dict)
+    """The same, by the tier that had them; in the first delta of a sample and attempt."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

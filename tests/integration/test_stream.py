@@ -6,21 +6,18 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
-import msgspec
 import pytest
+from counting_engine import CountingEngine, make_info, make_request, until
 
-from xllm.errors import EngineFault, InvalidRequest, NoWorker, RequestError, WorkerLost
+from xllm.errors import EngineFault, InvalidRequest, NoWorker, WorkerLost
 from xllm.protocol import (
     PROTOCOL_VERSION,
     Epoch,
     FinishReason,
-    GenerateRequest,
     MasterId,
-    ModelCard,
-    SamplingParams,
     TokenDelta,
     TokenizerFiles,
     TokenLogprob,
@@ -32,68 +29,10 @@ from xllm.protocol import (
 from xllm.roles import frames
 from xllm.roles.stream import StreamLimits
 from xllm.roles.stream_client import StreamRequest, StreamState, WorkerStream
-from xllm.roles.stream_server import Listener, MasterConnection, StreamServer
+from xllm.roles.stream_server import MasterConnection, StreamServer
 
 LIMITS = StreamLimits(min_backoff_s=0.01, max_backoff_s=0.05, ping_s=0.02)
 TOKENIZER = TokenizerFiles({"tokenizer.json": b"{}" * 400_000})
-
-
-class CountingRequest:
-    def __init__(self, engine: CountingEngine, request: GenerateRequest, listener: Listener):
-        self.request = request
-        self.listener = listener
-        self._engine = engine
-
-    def cancel(self) -> None:
-        if self in self._engine.running:
-            self._engine.running.remove(self)
-            self._engine.cancelled.append(self.request.request_id)
-
-
-class CountingEngine:
-    """Each `step` gives every running sample its next token: 0, 1, 2, ..."""
-
-    def __init__(self) -> None:
-        self.running: list[CountingRequest] = []
-        self.cancelled: list[str] = []
-        self.refuse_with: RequestError | None = None
-        self.step_counter = 0
-
-    def submit(self, request: GenerateRequest, listener: Listener) -> CountingRequest:
-        if self.refuse_with is not None:
-            raise self.refuse_with
-        running = CountingRequest(self, request, listener)
-        self.running.append(running)
-        return running
-
-    def step(self, logprobs: list[TokenLogprob] | None = None) -> None:
-        self.step_counter += 1
-        for running in list(self.running):
-            request = running.request
-            offset = len(request.output_ids)
-            last = offset + 1 == request.sampling.max_tokens
-            running.request = msgspec.structs.replace(
-                request, output_ids=[*request.output_ids, offset]
-            )
-            if last:
-                self.running.remove(running)
-            for index in range(request.index, request.index + request.n):
-                running.listener(
-                    TokenDelta(
-                        request_id=request.request_id,
-                        attempt=request.attempt,
-                        index=index,
-                        offset=offset,
-                        token_ids=[offset],
-                        logprobs=logprobs,
-                        finish_reason=FinishReason.LENGTH if last else None,
-                    )
-                )
-
-    async def run(self) -> None:
-        while True:
-            self.step()
-            await asyncio.sleep(0.001)
 
 
 class Cluster:
@@ -111,20 +50,7 @@ class Cluster:
         await self.server.start(listening)
 
     def info(self, **changes: object) -> WorkerInfo:
-        card = ModelCard(model_id="m", max_model_len=100, vocab_size=100, created=0)
-        info = WorkerInfo(
-            worker_id=WorkerId("w"),
-            epoch=Epoch(7),
-            address=self.address,
-            operator_address="",
-            model=card,
-            fingerprint="f",
-            block_size=32,
-            kv_dtype="float32",
-            device_blocks=1,
-            block_bytes=1,
-        )
-        return msgspec.structs.replace(info, **changes)
+        return make_info(**{"address": self.address, **changes})
 
     async def connect(self, info: WorkerInfo | None = None, name: str = "a") -> WorkerStream:
         stream = self.stream(info, name)
@@ -153,22 +79,6 @@ async def cluster() -> AsyncIterator[Cluster]:
     await cluster.start()
     yield cluster
     await cluster.stop()
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
-
-
-def make_request(name: str, max_tokens: int = 5, **fields: object) -> GenerateRequest:
-    request = GenerateRequest(
-        request_id=name,
-        model_id="m",
-        prompt_ids=[1, 2, 3],
-        sampling=SamplingParams(max_tokens=max_tokens),
-    )
-    return msgspec.structs.replace(request, **fields)
 
 
 async def tokens_of(opened: StreamRequest) -> list[int]:
@@ -253,7 +163,7 @@ async def test_a_master_that_goes_takes_its_requests_along(cluster: Cluster) -> 
     await until(lambda: len(cluster.engine.running) == 2)
     cluster.tasks[1].cancel()
     await until(lambda: cluster.engine.cancelled == ["going"])
-    assert [r.request.request_id for r in cluster.engine.running] == ["staying"]
+    assert cluster.engine.running_ids == ["staying"]
     with pytest.raises(WorkerLost):
         await anext(opened)
 
@@ -323,13 +233,16 @@ async def test_draining(cluster: Cluster) -> None:
     stream = await cluster.connect()
     running = stream.submit(make_request("running", 1))
     await until(lambda: bool(cluster.engine.running))
-    cluster.server.drain()
+    draining = asyncio.create_task(cluster.server.drain(timeout_s=5))
+    await asyncio.sleep(0)
     late = stream.submit(make_request("late"))
     with pytest.raises(NoWorker, match="draining"):
         await anext(late)
     assert stream.draining
     cluster.engine.step()
     assert await tokens_of(running) == [0]
+    async with asyncio.timeout(1):
+        await draining
     other = await cluster.connect(name="b")
     await until(lambda: other.draining)
 

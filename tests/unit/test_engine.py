@@ -11,6 +11,7 @@ from xllm.config import EngineConfig
 from xllm.engine.batch import Batch
 from xllm.engine.engine import MAX_FAULTS_IN_A_ROW, Engine
 from xllm.engine.sampler import Draw, SampledTokens, SamplingBatch
+from xllm.engine.scheduler import StepPlan
 from xllm.errors import EngineFault, InvalidRequest, NoWorker, RequestError
 from xllm.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta, TokenLogprob
 
@@ -232,3 +233,25 @@ async def test_what_cannot_work_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         Client(engine, prompt, max_tokens=max_tokens)
+
+
+async def test_the_observer_hears_of_every_step_and_beginning(runner: FakeRunner) -> None:
+    class Observer:
+        def __init__(self) -> None:
+            self.rows: list[int] = []
+            self.waits: list[float] = []
+
+        def request_begun(self, waited_s: float) -> None:
+            self.waits.append(waited_s)
+
+        def step_done(self, plan: StepPlan, seconds: float) -> None:
+            self.rows.append(plan.num_tokens)
+
+    engine = Engine(runner)  # type: ignore[arg-type]
+    engine.observer = observer = Observer()
+    await engine.start()
+    await Client(engine, [1, 2, 3], max_tokens=3).deltas()
+    await engine.stop()
+    assert observer.rows == [3, 1, 1]
+    assert len(observer.waits) == 1
+    assert observer.waits[0] >= 0

@@ -1,155 +1,28 @@
-"""The scheduler under random load, with a fake model whose tokens depend on the context alone.
-
-The fake draws sha256(all tokens so far): whatever the scheduler does (chunks, preemption, sharing,
-forks), a sequence must end with the tokens that it would have had alone.
-"""
+"""Scheduling under random load: every request gets the tokens that it would have had alone."""
 
 import random
-from hashlib import sha256
 
 import pytest
 
-from xllm.cache.block_hash import CacheRoot
-from xllm.cache.block_pool import BlockPool
-from xllm.cache.kv_cache import KVCache
-from xllm.engine.request import Sequence, SequenceState
-from xllm.engine.scheduler import (
-    MIN_CHUNK_TOKENS,
-    Advance,
-    Scheduler,
-    SchedulerLimits,
-    StepPlan,
-)
+from tests.simulation import FakeTiers, Simulation, expected_output, prompt_of
+from xllm.cache.tier import TierName
+from xllm.engine.request import SequenceState
+from xllm.engine.scheduler import MIN_CHUNK_TOKENS
 from xllm.engine.step_cost import StepCost, decode_work, prefill_work
-from xllm.protocol import FinishReason, GenerateRequest, SamplingParams
+from xllm.protocol import FinishReason
 
-BLOCK_SIZE = 4
 EOS = 0
-
-
-def next_token(tokens: list[int], index: int = 0) -> int:
-    digest = sha256(repr((tokens, index)).encode()).digest()
-    return digest[0] % 50
-
-
-def expected_output(prompt: list[int], max_tokens: int, index: int = 0) -> list[int]:
-    tokens = list(prompt)
-    while len(tokens) - len(prompt) < max_tokens:
-        tokens.append(next_token(tokens, index))
-        if tokens[-1] == EOS:
-            break
-    return tokens[len(prompt) :]
-
-
-class Simulation:
-    """A scheduler, and memory: which token's KV is in each token slot, as a real cache would."""
-
-    def __init__(
-        self, num_blocks: int = 64, cost: StepCost | None = None, **limits: int | bool
-    ) -> None:
-        root = CacheRoot(fingerprint="f", kv_dtype="float32", block_size=BLOCK_SIZE)
-        self.kv_cache = KVCache(BlockPool(num_blocks), root)
-        merged = {"max_tokens_per_batch": 32, "max_seqs_per_batch": 8, "max_model_len": 200}
-        self.scheduler = Scheduler(
-            self.kv_cache,
-            SchedulerLimits(**(merged | limits)),  # type: ignore[arg-type]
-            [EOS],
-            cost,
-        )
-        self.slots: list[tuple[int, ...] | None] = [None] * (num_blocks * BLOCK_SIZE)
-        self.outputs: dict[tuple[str, int], list[int]] = {}
-        self.finished: dict[tuple[str, int], FinishReason] = {}
-        self.sequences: list[Sequence] = []
-        self.computed_tokens = 0
-        self.plans: list[StepPlan] = []
-
-    def submit(
-        self, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0, salt: str = ""
-    ) -> str:
-        request_id = f"r{len(self.sequences)}"
-        request = GenerateRequest(
-            request_id=request_id,
-            model_id="m",
-            prompt_ids=prompt,
-            sampling=SamplingParams(max_tokens=max_tokens),
-            n=n,
-            priority=priority,
-            salt=salt,
-        )
-        first, *children = [Sequence(request, i, len(self.sequences)) for i in range(n)]
-        first.children = children
-        self.sequences += [first, *children]
-        self.scheduler.add(first)
-        return request_id
-
-    def step(self) -> StepPlan:
-        plan = self.scheduler.schedule()
-        self.plans.append(plan)
-        for source, target in plan.copies:
-            for offset in range(BLOCK_SIZE):
-                self.slots[target * BLOCK_SIZE + offset] = self.slots[source * BLOCK_SIZE + offset]
-        drawn: list[int] = []
-        for item in plan.scheduled:
-            drawn += self._run(item.seq, item.start, item.num_tokens, item.num_samples)
-        self.computed_tokens += plan.num_tokens
-        for advance in self.scheduler.complete(plan, drawn):
-            self._record(advance)
-        self.check()
-        return plan
-
-    def run(self, max_steps: int = 2000) -> None:
-        for _ in range(max_steps):
-            if not self.scheduler.has_work:
-                return
-            plan = self.step()
-            assert plan.scheduled, "work, but nothing runs"
-        pytest.fail("the scheduler did not finish")
-
-    def check(self) -> None:
-        holders = [s for s in self.sequences if s.state is SequenceState.RUNNING]
-        assert all(not s.block_table for s in self.sequences if s not in holders)
-        self.kv_cache.check_invariants(holders)  # type: ignore[arg-type]
-
-    def _slot(self, seq: Sequence, position: int) -> int:
-        block_id = seq.block_table[position // BLOCK_SIZE]
-        return block_id * BLOCK_SIZE + position % BLOCK_SIZE
-
-    def _run(self, seq: Sequence, start: int, num_tokens: int, num_samples: int) -> list[int]:
-        assert num_tokens > 0
-        for position in range(start, start + num_tokens):
-            slot = self._slot(seq, position)
-            if position >= seq.num_written_tokens:
-                block_id = seq.block_table[position // BLOCK_SIZE]
-                assert self.kv_cache.pool.hash_of(block_id) is None, "a named block is written"
-                self.slots[slot] = tuple(seq.token_ids[: position + 1])
-        end = start + num_tokens
-        for position in range(end):
-            stored = self.slots[self._slot(seq, position)]
-            assert stored == tuple(seq.token_ids[: position + 1]), "somebody else's KV"
-        if num_samples:
-            assert end == seq.num_tokens
-        return [next_token(seq.token_ids, seq.index + i) for i in range(num_samples)]
-
-    def _record(self, advance: Advance) -> None:
-        key = (advance.seq.request_id, advance.seq.index)
-        tokens = self.outputs.setdefault(key, [])
-        assert advance.offset == len(tokens)
-        tokens += advance.token_ids
-        assert key not in self.finished
-        if advance.seq.finish_reason is not None:
-            self.finished[key] = advance.seq.finish_reason
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(1, 50) for _ in range(length)]
 
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("chunked", [True, False])
-def test_random_load_gives_each_request_its_own_tokens(seed: int, chunked: bool) -> None:
+@pytest.mark.parametrize("failing", [None, 0.0, 0.5])
+def test_random_load_gives_each_request_its_own_tokens(
+    seed: int, chunked: bool, failing: float | None
+) -> None:
     rng = random.Random(seed)
-    sim = Simulation(num_blocks=30, enable_chunked_prefill=chunked, max_model_len=110)
+    tiers = None if failing is None else FakeTiers(seed, failing)
+    sim = Simulation(num_blocks=30, enable_chunked_prefill=chunked, max_model_len=110, tiers=tiers)
     prefixes = [prompt_of(rng.randrange(1, 40), s) for s in range(4)]
     expected: dict[tuple[str, int], list[int]] = {}
     for i in range(40):
@@ -176,6 +49,10 @@ def test_random_load_gives_each_request_its_own_tokens(seed: int, chunked: bool)
         assert sim.finished[key] is (
             FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH
         )
+    assert tiers is None or tiers.num_loads > 0
+    sim.kv_cache.poll()
+    sim.kv_cache.poll()
+    sim.check()
     assert sim.kv_cache.pool.num_free == 30
 
 
@@ -260,7 +137,7 @@ def test_a_fully_cached_prompt_runs_one_token_and_writes_nothing() -> None:
     plan = sim.step()
     assert [(s.start, s.num_tokens) for s in plan.scheduled] == [(15, 1)]
     assert sim.slots == before
-    assert sim.sequences[-1].cached_tokens == 15
+    assert sim.sequences[-1].cached_tokens == {TierName.DEVICE: 15}
 
 
 def test_salts_do_not_share() -> None:
@@ -321,3 +198,70 @@ def test_abort_drops_a_pending_promise() -> None:
     sim.scheduler.abort(sim.sequences[0].group)
     sim.run()
     assert sim.outputs["r1", 0] == expected_output([*prefix, 7], 1)
+
+
+def evicted_prompt(sim: Simulation, length: int) -> list[int]:
+    """A prompt that is in the lower tier only."""
+    prompt = prompt_of(length)
+    sim.submit(prompt, 1)
+    sim.run()
+    for seed in range(1, 6):
+        sim.submit(prompt_of(60, seed), 1)
+    sim.run()
+    return prompt
+
+
+def test_blocks_come_up_from_a_lower_tier() -> None:
+    sim = Simulation(num_blocks=16, tiers=FakeTiers())
+    prompt = evicted_prompt(sim, 22)
+    before = sim.computed_tokens
+    request_id = sim.submit(prompt, 3)
+    sim.run()
+    assert sim.outputs[request_id, 0] == expected_output(prompt, 3)
+    assert sim.computed_tokens - before == 2 + 2
+    assert sim.sequences[-1].cached_tokens == {TierName.DEVICE: 0, TierName.HOST: 20}
+
+
+def test_a_prompt_that_is_all_below_runs_one_token() -> None:
+    sim = Simulation(num_blocks=16, tiers=FakeTiers())
+    prompt = evicted_prompt(sim, 20)
+    sim.submit(prompt, 1)
+    before = sim.computed_tokens
+    sim.run()
+    assert sim.computed_tokens - before == 1
+    assert sim.sequences[-1].cached_tokens == {TierName.DEVICE: 0, TierName.HOST: 19}
+
+
+def test_others_run_while_one_is_loading() -> None:
+    sim = Simulation(num_blocks=24, tiers=FakeTiers())
+    prompt = evicted_prompt(sim, 40)
+    loading = sim.submit(prompt, 1)
+    other = sim.submit(prompt_of(8, 99), 1)
+    plan = sim.step()
+    assert [item.seq.request_id for item in plan.scheduled] == [other]
+    assert sim.sequences[-2].state is SequenceState.LOADING
+    sim.run()
+    assert (loading, 0) in sim.finished
+
+
+def test_the_same_blocks_are_loaded_once() -> None:
+    sim = Simulation(num_blocks=24, tiers=FakeTiers())
+    prompt = evicted_prompt(sim, 40)
+    for i in range(4):
+        sim.submit([*prompt, i + 1], 1)
+    sim.run()
+    assert sim.tiers is not None
+    assert sim.tiers.num_loads == 1
+
+
+def test_abort_while_loading_leaves_nothing_behind() -> None:
+    sim = Simulation(num_blocks=24, tiers=FakeTiers(seed=3, failing=1.0))
+    prompt = evicted_prompt(sim, 40)
+    for _ in range(20):
+        sim.submit(prompt, 1)
+        sim.scheduler.schedule()
+        sim.scheduler.abort(sim.sequences[-1].group)
+        sim.check()
+    sim.kv_cache.poll()
+    sim.kv_cache.poll()
+    assert sim.kv_cache.pool.num_free == 24

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from xllm.protocol import BlockHash
 
@@ -52,8 +53,15 @@ class PoolStatistics:
 class BlockPool:
     """`num_blocks` equal slots. All methods are synchronous and for one thread."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        on_evict: Callable[[BlockHash, int], None] = lambda block_hash, block_id: None,
+    ) -> None:
+        """`on_evict(hash, block)` is called when a cached block gives way to another, before
+        anybody may write to it."""
         self.num_blocks = num_blocks
+        self._on_evict = on_evict
         self._ref_counts = [0] * num_blocks
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -114,15 +122,16 @@ class BlockPool:
                 else:
                     self._num_cached += 1
 
-    def commit(self, block_id: int, block_hash: BlockHash) -> None:
-        """Names a full block, unless another block bears that name already."""
+    def commit(self, block_id: int, block_hash: BlockHash) -> bool:
+        """Names a full block; False: another block bears that name already."""
         assert self._ref_counts[block_id] > 0, "only a used block is committed"
         assert self._hashes[block_id] is None, "a block is committed once"
         if block_hash in self._by_hash:
-            return
+            return False
         self._hashes[block_id] = block_hash
         self._by_hash[block_hash] = block_id
         self._events.append(BlockEvent(BlockEventKind.STORED, block_hash))
+        return True
 
     def clear(self) -> int:
         """Forgets every cached block, and the names of used ones; returns how many names went."""
@@ -133,6 +142,11 @@ class BlockPool:
         self._num_cached = 0
         self._events = [BlockEvent(BlockEventKind.CLEARED)]
         return num_cleared
+
+    def coldest(self, limit: int) -> list[BlockHash]:
+        """Names of up to `limit` cached blocks, in the order in which they would be evicted."""
+        names = (self._hashes[block_id] for block_id in self._free)
+        return list(islice((name for name in names if name is not None), limit))
 
     def take_events(self) -> list[BlockEvent]:
         """What changed since the last call, in order."""
@@ -170,3 +184,4 @@ class BlockPool:
             self._events.append(BlockEvent(BlockEventKind.REMOVED, block_hash))
             self._num_cached -= 1
             self._num_evictions += 1
+            self._on_evict(block_hash, block_id)

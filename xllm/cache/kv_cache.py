@@ -2,28 +2,67 @@
 
 The life of a sequence's blocks:
 
-    match       which leading blocks are cached; changes nothing
-    try_admit   takes those, and reserves a block for every other token that is known, or nothing
-    try_extend  one more block when the next token needs it
-    commit      blocks that have become full get their names and can be found by others
-    free        everything goes back; named blocks stay in the cache until evicted
+    match          which leading blocks are cached, on the device and below; changes nothing
+    try_admit      takes those on the device, and reserves a block for every other token that is
+                   known, or nothing; begins to load the blocks that are in lower tiers
+    poll           once a step: sequences whose load has ended
+    complete_load  what has arrived is named; the rest is computed
+    try_extend     one more block when the next token needs it
+    commit         blocks that have become full get their names and can be found by others
+    free           everything goes back; named blocks stay in the cache until evicted
 
-A prefix that a running sequence is about to commit is *pending*: whoever needs it next waits for
-it instead of computing it again. A promise ends with the commit, or with the one who gave it.
+A prefix that a sequence is about to commit, by computing or loading it, is *pending*: whoever needs
+it next waits for it instead of doing the same again. A promise ends with the commit, or with the
+one who gave it.
 
 When every full block of the prompt is cached and nothing is left over, one token has to run all
 the same, to have logits to sample from: the last one, whose KV is there already and is not written
 again (`Sequence.num_written_tokens`).
+
+A load that has ended without some of its blocks may leave a transfer behind that still writes to
+them. Such *busy* blocks keep their reference, and come back with a later `poll`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from xllm.cache.block_hash import CacheRoot, hash_blocks
 from xllm.cache.block_pool import BlockPool
+from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash
+
+if TYPE_CHECKING:
+    from xllm.cache.loads import LoadTicket
+
+
+class LowerTiers(Protocol):
+    """What is below the device (`tiers.Tiers`)."""
+
+    @property
+    def next_deadline(self) -> float | None: ...
+
+    def match(
+        self, hashes: Seq[BlockHash], block_compute_s: float | None = None
+    ) -> list[TierName]: ...
+
+    def start_load(
+        self, blocks: Seq[tuple[BlockHash, TierName, int]], timeout_s: float
+    ) -> LoadTicket: ...
+
+    def cancel(self, ticket: LoadTicket) -> None: ...
+
+    def poll(self) -> list[LoadTicket]: ...
+
+    def take_returned_blocks(self) -> list[int]: ...
+
+    def committed(self, block_hash: BlockHash, parent: BlockHash | None, block_id: int) -> None: ...
+
+    def used(self, chain: list[BlockHash]) -> None: ...
+
+    def cleared(self) -> None: ...
 
 
 class CachedSequence(Protocol):
@@ -31,6 +70,8 @@ class CachedSequence(Protocol):
 
     block_table: list[int]
     block_hashes: list[BlockHash]
+    load: LoadTicket | None
+    cached_by_tier: dict[TierName, int]
     pending_hashes: list[BlockHash]
     num_committed_blocks: int
     num_computed_tokens: int
@@ -51,9 +92,13 @@ class PrefixMatch:
     """The unbroken cached prefix of a sequence; valid until the pool changes."""
 
     block_ids: list[int]
+    """On the device."""
     num_tokens: int
+    """In those blocks."""
     is_pending: bool
-    """The block after the prefix is being computed by somebody else."""
+    """The block after the prefix is being computed or loaded by somebody else."""
+    tiers: list[TierName] = field(default_factory=list)
+    """Where the blocks that follow those on the device are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +113,38 @@ class KVCache:
     """Blocks of one engine. Synchronous, for the engine's thread alone."""
 
     def __init__(
-        self, pool: BlockPool, root: CacheRoot, *, enable_prefix_cache: bool = True
+        self,
+        pool: BlockPool,
+        root: CacheRoot,
+        *,
+        enable_prefix_cache: bool = True,
+        tiers: LowerTiers | None = None,
     ) -> None:
         self.pool = pool
         self.block_size = root.block_size
         self._root = root
         self._enable_prefix_cache = enable_prefix_cache
+        self._tiers = tiers
         self._roots: dict[str, BlockHash] = {}
         self._pending: set[BlockHash] = set()
+        self._loading: dict[LoadTicket, CachedSequence] = {}
+        self._busy: set[int] = set()
         self._queried_tokens = 0
         self._hit_tokens = 0
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `poll` has to be called although no transfer has ended, by `time.monotonic`."""
+        return None if self._tiers is None else self._tiers.next_deadline
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match(self, seq: CachedSequence) -> PrefixMatch:
-        """How much of `seq` is cached now. Names its full blocks; changes no block."""
+    def match(self, seq: CachedSequence, block_compute_s: float | None = None) -> PrefixMatch:
+        """How much of `seq` is cached now. Names its full blocks; changes no block.
+
+        `block_compute_s`: what computing one block takes; a tier slower than that is not read.
+        """
         if not (self._enable_prefix_cache and seq.uses_prefix_cache):
             return PrefixMatch([], 0, False)
         self._name_blocks(seq)
@@ -91,37 +152,85 @@ class KVCache:
         for block_hash in seq.block_hashes:
             block_id = self.pool.lookup(block_hash)
             if block_id is None:
-                return PrefixMatch(
-                    block_ids, len(block_ids) * self.block_size, block_hash in self._pending
-                )
+                break
             block_ids.append(block_id)
-        return PrefixMatch(block_ids, len(block_ids) * self.block_size, False)
+        rest = seq.block_hashes[len(block_ids) :]
+        tiers: list[TierName] = []
+        is_pending = bool(rest) and rest[0] in self._pending
+        if rest and not is_pending and self._tiers is not None:
+            tiers = self._tiers.match(rest, block_compute_s)
+            is_pending = len(tiers) < len(rest) and rest[len(tiers)] in self._pending
+        return PrefixMatch(block_ids, len(block_ids) * self.block_size, is_pending, tiers)
 
-    def try_admit(self, seq: CachedSequence, match: PrefixMatch, num_spare_blocks: int = 0) -> bool:
+    def try_admit(
+        self,
+        seq: CachedSequence,
+        match: PrefixMatch,
+        num_spare_blocks: int = 0,
+        load_timeout_s: float = 0.0,
+    ) -> bool:
         """Reserves blocks for all of `seq`'s tokens, the matched ones shared; False: too few.
 
         `num_spare_blocks` have to stay free besides. On success `seq` continues at
-        `num_computed_tokens`.
+        `num_computed_tokens`, unless it has a `load`: then not before `complete_load`.
         """
         assert not seq.block_table
+        num_matched = len(match.block_ids)
         self.pool.acquire(match.block_ids)
-        num_new = self.blocks_for(len(seq.token_ids)) - len(match.block_ids)
+        num_new = self.blocks_for(len(seq.token_ids)) - num_matched
         if num_new + num_spare_blocks > self.pool.num_free:
             self.pool.release(match.block_ids)
             return False
         fresh = self.pool.allocate(num_new)
         assert fresh is not None
         seq.block_table = match.block_ids + fresh
-        seq.num_committed_blocks = len(match.block_ids)
-        seq.num_written_tokens = match.num_tokens
-        seq.num_computed_tokens = min(match.num_tokens, len(seq.token_ids) - 1)
-        if self._enable_prefix_cache and seq.uses_prefix_cache:
-            seq.pending_hashes = [
-                h for h in seq.block_hashes[len(match.block_ids) :] if h not in self._pending
-            ]
-            self._pending.update(seq.pending_hashes)
-            self._queried_tokens += len(seq.token_ids)
-            self._hit_tokens += seq.num_computed_tokens
+        seq.num_committed_blocks = num_matched
+        self._begin_after(seq, num_matched)
+        seq.cached_by_tier = {TierName.DEVICE: seq.num_computed_tokens}
+        if not (self._enable_prefix_cache and seq.uses_prefix_cache):
+            return True
+        seq.pending_hashes = [h for h in seq.block_hashes[num_matched:] if h not in self._pending]
+        self._pending.update(seq.pending_hashes)
+        self._queried_tokens += len(seq.token_ids)
+        self._hit_tokens += seq.num_computed_tokens
+        if self._tiers is not None:
+            self._tiers.used(seq.block_hashes[: num_matched + len(match.tiers)])
+            if match.tiers:
+                self._start_load(self._tiers, seq, match, load_timeout_s)
+        return True
+
+    def poll(self) -> list[CachedSequence]:
+        """Sequences whose load has ended: `complete_load` is next for each."""
+        if self._tiers is None:
+            return []
+        done = [self._loading.pop(t, None) for t in self._tiers.poll()]
+        for block_id in self._tiers.take_returned_blocks():
+            self._busy.remove(block_id)
+            self.pool.release([block_id])
+        return [seq for seq in done if seq is not None]
+
+    def complete_load(self, seq: CachedSequence) -> bool:
+        """`seq` goes on after the blocks that have arrived; False: there is no block to put in the
+        place of a busy one, and it has to be freed."""
+        ticket = seq.load
+        assert ticket is not None
+        assert self._tiers is not None
+        busy = set(ticket.busy_block_ids)
+        instead = self.pool.allocate(len(busy))
+        if instead is None:
+            return False
+        seq.load = None
+        self._busy |= busy
+        seq.block_table = [instead.pop() if b in busy else b for b in seq.block_table]
+        for tier in ticket.tiers:
+            self._commit_block(seq, seq.num_committed_blocks)
+            seq.num_committed_blocks += 1
+            computed_before = seq.num_computed_tokens
+            self._begin_after(seq, seq.num_committed_blocks)
+            gained = seq.num_computed_tokens - computed_before
+            seq.cached_by_tier[tier] = seq.cached_by_tier.get(tier, 0) + gained
+            self._hit_tokens += gained
+        self._end_promises(seq, seq.num_committed_blocks)
         return True
 
     def try_extend(self, seq: CachedSequence) -> bool:
@@ -142,8 +251,7 @@ class KVCache:
         if self._enable_prefix_cache:
             self._name_blocks(seq)
             for i in range(seq.num_committed_blocks, num_full):
-                block_hash = seq.block_hashes[i]
-                self.pool.commit(seq.block_table[i], block_hash)
+                self._commit_block(seq, i)
             self._end_promises(seq, num_full)
         seq.num_committed_blocks = num_full
 
@@ -169,8 +277,17 @@ class KVCache:
         return [(parent.block_table[num_full], fresh[0])] if rest else []
 
     def free(self, seq: CachedSequence) -> None:
-        """Gives all blocks of `seq` back, and its promises up."""
-        self.pool.release(seq.block_table)
+        """Gives all blocks of `seq` back, but for busy ones, and its promises up."""
+        block_ids = seq.block_table
+        if seq.load is not None:
+            assert self._tiers is not None
+            self._tiers.cancel(seq.load)
+            self._loading.pop(seq.load, None)
+            busy = set(seq.load.busy_block_ids)
+            self._busy |= busy
+            block_ids = [b for b in block_ids if b not in busy]
+            seq.load = None
+        self.pool.release(block_ids)
         seq.block_table = []
         seq.num_committed_blocks = 0
         seq.num_computed_tokens = 0
@@ -178,13 +295,20 @@ class KVCache:
         self._pending.difference_update(seq.pending_hashes)
         seq.pending_hashes = []
 
+    def clear(self) -> int:
+        """Forgets all cached blocks of the device; returns how many there were."""
+        if self._tiers is not None:
+            self._tiers.cleared()
+        return self.pool.clear()
+
     def statistics(self) -> CacheStatistics:
         return CacheStatistics(self._queried_tokens, self._hit_tokens)
 
     def check_invariants(self, sequences: list[CachedSequence]) -> None:
         """`sequences`: all that hold blocks or promises."""
         self.pool.check_invariants()
-        references: dict[int, int] = {}
+        assert set(self._loading.values()) <= {s for s in sequences if s.load is not None}
+        references: dict[int, int] = dict.fromkeys(self._busy, 1)
         for seq in sequences:
             for block_id in seq.block_table:
                 references[block_id] = references.get(block_id, 0) + 1
@@ -193,6 +317,28 @@ class KVCache:
         promised = [h for seq in sequences for h in seq.pending_hashes]
         assert len(promised) == len(set(promised))
         assert set(promised) == self._pending
+
+    def _begin_after(self, seq: CachedSequence, num_blocks: int) -> None:
+        """`seq` has so many leading blocks from the cache."""
+        seq.num_written_tokens = num_blocks * self.block_size
+        seq.num_computed_tokens = min(seq.num_written_tokens, len(seq.token_ids) - 1)
+
+    def _start_load(
+        self, tiers: LowerTiers, seq: CachedSequence, match: PrefixMatch, timeout_s: float
+    ) -> None:
+        start = len(match.block_ids)
+        stop = start + len(match.tiers)
+        blocks = zip(
+            *(seq.block_hashes[start:stop], match.tiers, seq.block_table[start:stop]), strict=True
+        )
+        seq.load = tiers.start_load(list(blocks), timeout_s)
+        self._loading[seq.load] = seq
+
+    def _commit_block(self, seq: CachedSequence, index: int) -> None:
+        block_id, block_hash = seq.block_table[index], seq.block_hashes[index]
+        if self.pool.commit(block_id, block_hash) and self._tiers is not None:
+            parent = seq.block_hashes[index - 1] if index else None
+            self._tiers.committed(block_hash, parent, block_id)
 
     def _name_blocks(self, seq: CachedSequence) -> None:
         """Extends `seq.block_hashes` to all full blocks of its tokens."""

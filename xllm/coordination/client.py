@@ -11,10 +11,10 @@ own earlier success by what it finds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -22,7 +22,13 @@ from etcd3aio import _protobuf as pb
 
 from xllm.coordination import wire
 from xllm.coordination.endpoints import Endpoint, open_channel, parse_endpoints, resolve
-from xllm.coordination.errors import EtcdNoSpace, RequestTooLarge, from_grpc
+from xllm.coordination.errors import (
+    Compacted,
+    EtcdNoSpace,
+    EtcdRefused,
+    RequestTooLarge,
+    from_grpc,
+)
 from xllm.coordination.records import (
     Compare,
     EtcdStatus,
@@ -32,15 +38,15 @@ from xllm.coordination.records import (
     TxnResult,
     prefix_end,
 )
-from xllm.errors import EtcdUnavailable
+from xllm.errors import ConfigError, EtcdUnavailable
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 3 << 19
 """1.5 MiB: etcd's default for one request, with all the puts of a txn."""
 
-PAGE_KEYS = 256
-"""Keys per page of a range read."""
+PAGE_KEYS = 40
+"""Per page of a range read: so many of the largest requests fit one response."""
 
 RETRY_DELAY_S = 0.1
 """Pause after every endpoint has failed once."""
@@ -79,11 +85,11 @@ class _Member:
                 if self._target is None:
                     raise
             else:
+                self.suspect = False
                 if target != self._target:
                     self._target = target
                     self._channels.append(open_channel(self.endpoint, target))
-                self.suspect = False
-                self._resolved_at = now
+            self._resolved_at = now
         return self._channels[-1]
 
     async def close(self) -> None:
@@ -113,7 +119,7 @@ class EtcdClient:
     async def connect(self, wait_s: float) -> None:
         """Returns once etcd answers; says so in the log if that is not at once.
 
-        Raises: EtcdUnavailable after `wait_s`.
+        Raises: EtcdUnavailable after `wait_s`; ConfigError if what answers does not let us in.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait_s
@@ -131,6 +137,10 @@ class EtcdClient:
                 if not waiting:
                     log.info("waiting for etcd addr=%s", self.addresses)
                     waiting = True
+            except EtcdRefused as error:
+                raise ConfigError(
+                    f"{error}: expected an etcd 3.4 or newer without authentication"
+                ) from None
             else:
                 if waiting:
                     log.info("etcd_found addr=%s", self.addresses)
@@ -157,6 +167,11 @@ class EtcdClient:
 
     async def range(self, prefix: str) -> Snapshot:
         """All keys under `prefix` at one revision, read a page at a time."""
+        while True:
+            with contextlib.suppress(Compacted):  # between two pages: start over
+                return await self._range_once(prefix)
+
+    async def _range_once(self, prefix: str) -> Snapshot:
         kvs: list[KeyValue] = []
         request = pb.RangeRequest(
             key=prefix.encode(), range_end=prefix_end(prefix), limit=PAGE_KEYS
@@ -169,6 +184,16 @@ class EtcdClient:
             if not response.more:
                 return Snapshot(request.revision, tuple(kvs))
             request.key = response.kvs[-1].key + b"\0"
+
+    async def is_empty(self, prefix: str, *, revision: int = 0) -> bool:
+        """Whether there is, or was at `revision`, no key under `prefix`.
+
+        Raises: Compacted; EtcdRefused for a revision that is yet to come.
+        """
+        request = pb.RangeRequest(
+            key=prefix.encode(), range_end=prefix_end(prefix), revision=revision, count_only=True
+        )
+        return bool((await self._call("KV", "Range", request)).count == 0)
 
     async def put(self, key: str, value: bytes, lease_id: int = 0) -> int:
         """Returns the revision.
@@ -276,6 +301,7 @@ class EtcdClient:
             db_size_bytes=response.dbSize,
             db_size_in_use_bytes=response.dbSizeInUse,
             has_leader=bool(response.leader),
+            is_leader=response.leader == response.header.member_id,
             no_space=any("NOSPACE" in error for error in response.errors),
         )
 
@@ -286,7 +312,7 @@ class EtcdClient:
 
     # Calls
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def watch_call(self) -> AsyncIterator[Any]:
         """An open Watch stream on the current member, cancelled on leaving the block.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 0.5
 """For the question whether something answers already."""
+
+JOIN_TIMEOUT_S = 5.0
+"""For another master's etcd, which has the port but does not answer yet."""
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 2.0
@@ -79,14 +83,18 @@ class EmbeddedEtcd:
         address = f"127.0.0.1:{port}"
         data_dir = tempfile.mkdtemp(prefix="xllm-etcd-")
         name = Path(data_dir).name
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", etcd_keeper.__file__, data_dir),
-            *(str(binary), *_arguments(name, data_dir, f"http://{address}")),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=_environment(),
-            start_new_session=True,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", etcd_keeper.__file__, data_dir),
+                *(str(binary), *_arguments(name, data_dir, f"http://{address}")),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=_environment(),
+                start_new_session=True,
+            )
+        except BaseException:
+            shutil.rmtree(data_dir)
+            raise
         etcd = cls(process, address, name)
         try:
             await etcd._until_ready()
@@ -104,7 +112,10 @@ class EmbeddedEtcd:
         return self._process.returncode is None
 
     async def wait(self) -> str:
-        """Returns when etcd has ended, with the last of its log if it ended by itself."""
+        """Returns when etcd has ended, with the last of its log if it ended by itself.
+
+        One caller at a time.
+        """
         assert self._process.stdout is not None
         output = await self._process.stdout.read()
         await self._process.wait()
@@ -116,7 +127,7 @@ class EmbeddedEtcd:
         self._process.stdin.close()
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await self.wait()
+                await self._process.wait()
         except TimeoutError:
             self._process.kill()  # the kernel ends etcd with it
             await self._process.wait()
@@ -128,7 +139,7 @@ class EmbeddedEtcd:
         try:
             await asyncio.wait((answering, ended), return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
-                raise EtcdUnavailable(f"etcd ended at once: {_last_line(ended.result())}")
+                raise EtcdUnavailable(f"etcd ended at once: {_last_words(ended.result())}")
             answering.result()
         finally:
             answering.cancel()
@@ -181,7 +192,7 @@ async def _join_or_start(client: EtcdClient) -> EmbeddedEtcd | None:
     except EtcdUnavailable as error:
         # Another master on this machine may have been quicker to take the port.
         with contextlib.suppress(EtcdUnavailable):
-            await client.connect(START_TIMEOUT_S / 4)
+            await client.connect(JOIN_TIMEOUT_S)
             log.info("etcd_joined addr=%s", DEFAULT_ETCD_ADDR)
             return None
         raise ConfigError(
@@ -208,6 +219,9 @@ def _arguments(name: str, data_dir: str, client_url: str) -> list[str]:
         f"--listen-peer-urls={peer_url}",
         f"--initial-advertise-peer-urls={peer_url}",
         f"--initial-cluster={name}={peer_url}",
+        # It has nobody to wait for: it is up sooner, and leases of 1 s are kept as such.
+        "--heartbeat-interval=20",
+        "--election-timeout=200",
         "--auto-compaction-mode=revision",
         f"--auto-compaction-retention={KEPT_REVISIONS}",
         f"--quota-backend-bytes={QUOTA_BYTES}",
@@ -221,5 +235,10 @@ def _environment() -> dict[str, str]:
     return inherited | {"ETCD_LOG_LEVEL": "warn", "ETCD_UNSAFE_NO_FSYNC": "true"}
 
 
-def _last_line(text: str) -> str:
-    return text.splitlines()[-1] if text else "it said nothing"
+def _last_words(text: str) -> str:
+    """The error in the last line of etcd's log, which is JSON."""
+    line = text.splitlines()[-1] if text else "it said nothing"
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        return str(record.get("error", record.get("msg", line)))
+    return line

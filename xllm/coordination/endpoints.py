@@ -15,8 +15,8 @@ import grpc
 
 from xllm.errors import ConfigError, EtcdUnavailable
 
-MAX_RESPONSE_BYTES = 32 << 20
-"""gRPC's default of 4 MiB is less than a page of keys or a batch of watch events may take."""
+MAX_RESPONSE_BYTES = 64 << 20
+"""A page of keys (see `client.PAGE_KEYS`); gRPC's default of 4 MiB holds two large ones."""
 
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
@@ -64,9 +64,18 @@ def _parse(text: str) -> Endpoint:
     else:
         host, _, port = rest.partition(":")
     port = port or "2379"
-    if not host or "/" in rest or not port.isdecimal() or not 0 < int(port) < 65536:
+    wrong = not host or "/" in rest or not port.isdecimal() or not 0 < int(port) < 65536
+    if wrong or not _is_name(host):
         raise ConfigError(f"--etcd_addr has {text!r}: expected host:port")
     return Endpoint(host, int(port), tls=scheme == "https")
+
+
+def _is_name(host: str) -> bool:
+    try:
+        host.encode("idna")
+    except UnicodeError:  # an empty label, or one of more than 63 characters
+        return False
+    return True
 
 
 def open_channel(endpoint: Endpoint, target: str) -> grpc.aio.Channel:

@@ -38,13 +38,17 @@ def main() -> int:
     log_path = os.path.join(data_dir, LOG_NAME)
     try:
         with open(log_path, "wb") as log:
-            etcd = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            )
+            try:
+                etcd = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                )
+            except OSError as error:
+                print(error)
+                return 1
         select.select([sys.stdin, wake_read], [], [])
         if etcd.poll() is not None:
             _report(log_path)

@@ -116,6 +116,7 @@ class EtcdStatus:
     db_size_bytes: int
     db_size_in_use_bytes: int
     has_leader: bool
+    is_leader: bool
     no_space: bool
     """The quota is full: writes are refused until somebody compacts, defragments and disarms."""
 

@@ -47,22 +47,41 @@ Value: TypeAlias = bytes | Callable[[Epoch], bytes]
 REVOKE_TIMEOUT_S = 1.0
 """Of a clean goodbye; without it, the lease expires by itself."""
 
+EXPIRY_MARGIN_S = 2.0
+"""etcd rounds the life that a lease has left down to seconds, and looks for dead ones at times."""
+
 POLL_S = 0.25
 """Between attempts to write what could not be written."""
 
 
 class _Registration:
-    """A key that is to be there, and the epoch under which its present value was written."""
+    """A key that is to be there, and what of it was written last."""
 
-    __slots__ = ("exclusive", "held_since", "key", "value", "written")
+    __slots__ = (
+        "exclusive",
+        "key",
+        "rival",
+        "rival_dead_by",
+        "settled",
+        "value",
+        "version",
+        "written",
+    )
 
     def __init__(self, key: str, value: Value, exclusive: bool) -> None:
         self.key = key
         self.value = value
         self.exclusive = exclusive
-        self.written: Epoch | None = None
-        self.held_since: tuple[int, float] | None = None
-        """The foreign lease in our way, and when it was first seen."""
+        self.settled = False
+        """It was there once; before, `register` is at it and reports what becomes of it."""
+        self.version = 0
+        """Counts the updates: the same callable may stand for another value each time."""
+        self.written: tuple[Epoch, int] | None = None
+        """Epoch and version."""
+        self.rival = 0
+        """The foreign lease that is in the way of an exclusive key."""
+        self.rival_dead_by = math.inf
+        """When it will have expired, unless its owner lives and renews it."""
 
     def payload(self, epoch: Epoch) -> bytes:
         return self.value if isinstance(self.value, bytes) else self.value(epoch)
@@ -87,6 +106,8 @@ class Session:
         self._writing = asyncio.Lock()
         self._wake = asyncio.Event()
         self._closed = False
+        self._waiting = False
+        """The last round failed, and the log says so."""
 
     @property
     def epoch(self) -> Epoch:
@@ -115,6 +136,7 @@ class Session:
         try:
             while True:
                 if await self._write(registration):
+                    registration.settled = True
                     return
                 await asyncio.sleep(POLL_S)
         except BaseException:
@@ -129,7 +151,7 @@ class Session:
         """
         registration = self._registrations[key]
         registration.value = value
-        registration.written = None
+        registration.version += 1
         try:
             written = await self._write(registration)
         except EtcdUnavailable as error:
@@ -205,45 +227,54 @@ class Session:
                 await self._keep_alive()
             pending = False
             for registration in list(self._registrations.values()):
-                if registration.written != self._epoch:
+                written = (self._epoch, registration.version)
+                if registration.settled and registration.written != written:
                     pending |= not await self._write(registration)
             if not self._granted and not self._closed:
                 async with self._writing:
                     await self._grant()
-            return POLL_S if pending else self.ttl_s / 3
         except EtcdUnavailable as error:
-            if self._closed:
-                return 0.0
-            log.info(
-                "etcd_session_waits epoch=%x alive=%s error=%s", self._epoch, self.alive, error
-            )
+            if not self._waiting and not self._closed:
+                log.warning("etcd_session_waits epoch=%x error=%s", self._epoch, error)
+                self._waiting = True
             return min(POLL_S, self.ttl_s / 10)
+        if self._waiting:
+            log.info("etcd_session_resumes epoch=%x", self._epoch)
+            self._waiting = False
+        return POLL_S if pending else self.ttl_s / 3
 
     async def _keep_alive(self) -> None:
-        sent_at = self._clock()
-        left_s = await self.client.keep_alive(
-            self._epoch, attempt_s=self.ttl_s / 4, timeout_s=self.ttl_s
-        )
-        if left_s > 0:
+        epoch, sent_at = self._epoch, self._clock()
+        left_s = await self.client.keep_alive(epoch, attempt_s=self.ttl_s / 4, timeout_s=self.ttl_s)
+        if left_s == 0:
+            self._end_epoch(epoch)
+        elif epoch == self._epoch:
             self._alive_until = sent_at + left_s
-        else:
-            self._end_epoch()
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, epoch: Epoch) -> None:
+        """The lease is gone, as one of several calls under way is the first to find out."""
+        if epoch != self._epoch or self._closed:
+            return
         log.warning("etcd_lease_lost epoch=%x", self._epoch)
         self._past_epochs.add(self._epoch)
         self._granted = False
+        self._alive_until = -math.inf
         self._epoch = _new_epoch()
 
     async def _grant(self) -> None:
+        """Gets the epoch its lease, if it has none."""
         if self._granted:
             return
         sent_at = self._clock()
-        # Such a lease is ours, from an attempt whose answer was lost: 63 bits do not collide.
-        with contextlib.suppress(LeaseExists):
+        try:
             self.ttl_s = await self.client.grant(self._epoch, self.ttl_s)
-        self._granted = True
-        self._alive_until = sent_at + self.ttl_s
+            self._granted = True
+            self._alive_until = sent_at + self.ttl_s
+        except LeaseExists:
+            # It is ours, 63 bits do not collide: from an attempt whose answer was lost, at a time
+            # that we do not know. A keepalive will tell how long it lives.
+            self._granted = True
+            self._wake.set()
         log.info("etcd_lease_granted epoch=%x ttl_s=%g", self._epoch, self.ttl_s)
         if self._past_epochs:
             for callback in self._callbacks:
@@ -258,24 +289,28 @@ class Session:
             if self._closed:
                 raise EtcdUnavailable("the session is closed")
             await self._grant()
-            epoch, value = self._epoch, registration.value
-            if registration.written == epoch:
+            epoch = self._epoch
+            current = (epoch, registration.version)
+            if registration.written == current:
                 return True
+            if not self._granted:
+                return False
             put = Put(registration.key, registration.payload(epoch), epoch)
             try:
                 if registration.exclusive:
                     done = await self._put_exclusive(registration, put)
                 elif self._guard is not None:
                     done = await self.fenced_txn([put], epoch=epoch)
+                    if not done:  # taken over, or deleted by hand: find out, put it again
+                        self._guard.written = None
                 else:
                     await self.client.put(put.key, put.value, put.lease_id)
                     done = True
             except LeaseNotFound:
-                if epoch == self._epoch:
-                    self._end_epoch()
+                self._end_epoch(epoch)
                 return False
-            if done and registration.value is value:
-                registration.written = epoch
+            if done:
+                registration.written = current
             return done
 
     async def _put_exclusive(self, registration: _Registration, put: Put) -> bool:
@@ -299,10 +334,14 @@ class Session:
 
     async def _wait_for(self, registration: _Registration, holder: KeyValue) -> None:
         now = self._clock()
-        if registration.held_since is None or registration.held_since[0] != holder.lease:
-            registration.held_since = (holder.lease, now)
-            log.info("etcd_key_held key=%s epoch=%x", registration.key, holder.lease)
-        if now - registration.held_since[1] > self.ttl_s + 1.0:
+        if registration.rival != holder.lease:
+            left_s = max(0, await self.client.time_to_live(holder.lease))
+            registration.rival = holder.lease
+            registration.rival_dead_by = now + left_s + EXPIRY_MARGIN_S
+            log.info(
+                "etcd_key_held key=%s epoch=%x left_s=%d", registration.key, holder.lease, left_s
+            )
+        elif now > registration.rival_dead_by:
             raise Fenced(
                 f"{registration.key} is held by another live process: "
                 "stop that one, or give this one another name"

@@ -34,7 +34,7 @@ from xllm.engine.request import Sequence
 from xllm.engine.runner import Runner
 from xllm.engine.sampler import SampledTokens
 from xllm.engine.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, StepPlan
-from xllm.engine.statistics import Counters, EngineStatistics
+from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
 from xllm.errors import EngineFault, InvalidRequest, NoWorker, Overloaded, RequestError
 from xllm.protocol import GenerateRequest, SamplingParams, TokenDelta
@@ -46,6 +46,8 @@ Listener = Callable[[TokenDelta | RequestError], None]
 MAX_OPEN_REQUESTS = 4096
 MAX_FAULTS_IN_A_ROW = 3
 WARM_UP_TOKENS = 512
+IDLE_POLL_S = 0.05
+"""Until the scheduler is asked again when requests are there and none can run."""
 
 
 class RunningRequest:
@@ -105,6 +107,8 @@ class Engine:
         """The event loop's: requests that have not ended."""
         self._open: dict[int, RunningRequest] = {}
         """The engine thread's, by id of the request message, which the handle keeps alive."""
+        self.observer: EngineObserver | None = None
+        """To be set before `start`."""
         self._counters = Counters()
         self._statistics = EngineStatistics(num_blocks=runner.num_blocks)
         self._outbox: list[tuple[RunningRequest, TokenDelta | RequestError]] = []
@@ -216,19 +220,21 @@ class Engine:
             self._runner.allocate_cache(self._runner.num_blocks)
             self._warm_up()
             self._post(self._set_started)
+            has_run = False
             while not self._is_stopping:
-                self._take_commands()
-                self._step()
+                self._take_commands(may_sleep=not has_run)
+                has_run = self._step()
                 self._publish()
         except BaseException as caught:
             error = caught
             logger.exception("engine_stopped")
         self._post(lambda: self._set_closed(error))
 
-    def _take_commands(self) -> None:
+    def _take_commands(self, *, may_sleep: bool) -> None:
         """Applies what the event loop asked for; sleeps while there is nothing to run."""
-        if not self._scheduler.has_work:
-            self._commands.get()()
+        if may_sleep:
+            with contextlib.suppress(queue.Empty):
+                self._commands.get(timeout=self._max_sleep_s())()
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -255,12 +261,22 @@ class Engine:
     def _stop(self) -> None:
         self._is_stopping = True
 
-    def _step(self) -> None:
-        if self._is_stopping or not self._scheduler.has_work:
-            return
+    def _max_sleep_s(self) -> float | None:
+        """None: until a command comes; requests that wait for nothing but blocks on their way up
+        also wake up at their deadline."""
+        deadline = self.kv_cache.next_deadline
+        if deadline is not None:
+            return max(deadline - time.monotonic(), 0.0)
+        return IDLE_POLL_S if self._scheduler.has_work else None
+
+    def _step(self) -> bool:
+        """Runs one step, if anything can run; False: nothing could."""
+        if self._is_stopping:
+            return False
         plan = self._scheduler.schedule()
         if not plan.scheduled:
-            return
+            return False
+        self._observe_begun(plan)
         work = plan.work
         started = time.perf_counter()
         outputs = StepOutputs(plan, self._eos_token_ids, self.vocab_size)
@@ -271,7 +287,7 @@ class Engine:
                 "step_failed tokens=%d sequences=%d", plan.num_tokens, len(plan.scheduled)
             )
             self._fail(plan)
-            return
+            return True
         self._faults_in_a_row = 0
         faulty = outputs.faulty(sampled)
         outputs.keep_scores(sampled)
@@ -283,6 +299,16 @@ class Engine:
         seconds = time.perf_counter() - started
         self._cost.observe(work, seconds)
         self._counters.count(plan, seconds)
+        if self.observer is not None:
+            self.observer.step_done(plan, seconds)
+        return True
+
+    def _observe_begun(self, plan: StepPlan) -> None:
+        for item in plan.scheduled[plan.num_decodes :]:
+            if not item.seq.is_begun:
+                item.seq.is_begun = True
+                if self.observer is not None:
+                    self.observer.request_begun(time.monotonic() - item.seq.arrival)
 
     def _execute(self, plan: StepPlan, outputs: StepOutputs) -> SampledTokens:
         if plan.copies:
@@ -339,7 +365,8 @@ class Engine:
             self.kv_cache.pool.num_blocks * block_size - 1,
             WARM_UP_TOKENS,
         )
-        for start, num_rows in ((0, num_tokens), (num_tokens, 1)) * 3:
+        few = min(num_tokens, WARM_UP_TOKENS // 8)
+        for start, num_rows in ((0, few), (few, 1), (0, num_tokens), (num_tokens, 1)):
             seq = Sequence(_warm_up_request(start), 0, 0.0)
             seq.token_ids.extend([0] * num_rows)
             seq.num_computed_tokens = start

@@ -80,7 +80,7 @@ class DecoderConfig:
     qk_norm: bool
     """RMS norm over each head of query and key, before the rotation."""
     eos_token_ids: tuple[int, ...]
-    """Ascending: those of config.json and of generation_config.json."""
+    """Ascending: those of config.json and of generation_config.json that are in the vocabulary."""
 
     @property
     def qkv_size(self) -> int:
@@ -329,4 +329,4 @@ def _eos_token_ids(raw: _RawConfig, folder: Path) -> tuple[int, ...]:
     ids: set[int] = set()
     for source in sources:
         ids.update([source] if isinstance(source, int) else source or [])
-    return tuple(sorted(ids))
+    return tuple(sorted(token_id for token_id in ids if 0 <= token_id < raw.vocab_size))

@@ -63,7 +63,8 @@ class StepOutputs:
             logprobs = [logprob] if logprob is not None else None
             if seq.history is not None:
                 seq.history.append(advance.token_ids[0])
-        is_first = advance.offset == 0
+        is_first = advance.offset == len(seq.group.output_ids)
+        cached = seq.cached_tokens or {}
         return TokenDelta(
             request_id=seq.request_id,
             attempt=seq.attempt,
@@ -74,7 +75,8 @@ class StepOutputs:
             stop_token_id=advance.stop_token_id,
             logprobs=logprobs,
             prompt_logprobs=seq.prompt_logprobs if is_first and seq.wants_prompt_logprobs else None,
-            cached_tokens=seq.cached_tokens or 0,
+            cached_tokens=sum(cached.values()),
+            cached_tokens_by_tier={tier.value: n for tier, n in cached.items()} if is_first else {},
         )
 
     def _add(self, item: ScheduledSequence) -> None:

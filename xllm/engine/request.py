@@ -1,8 +1,9 @@
 """State of one sample of one request, while the engine has it.
 
     WAITING ──admit──> RUNNING ──last token──> FINISHED
-       ^                  │
-       └────preempt───────┘          its committed blocks stay in the cache
+       ^  │            ^  │
+       │  └─> LOADING ─┘  │          while blocks come up from lower tiers
+       └─────preempt──────┘          its committed blocks stay in the cache
 
 A sequence's tokens are its prompt and then its output, in one list:
 
@@ -20,14 +21,17 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Final
 
+from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
+    from xllm.cache.loads import LoadTicket
     from xllm.engine.sampler import TokenHistory
 
 
 class SequenceState(enum.Enum):
     WAITING = "waiting"
+    LOADING = "loading"
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -39,12 +43,15 @@ class Sequence:
         "arrival",
         "block_hashes",
         "block_table",
+        "cached_by_tier",
         "cached_tokens",
         "children",
         "finish_reason",
         "group",
         "history",
         "index",
+        "is_begun",
+        "load",
         "num_committed_blocks",
         "num_computed_tokens",
         "num_written_tokens",
@@ -67,12 +74,19 @@ class Sequence:
         self.token_ids: Final[list[int]] = [*request.prompt_ids, *request.output_ids]
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
+        self.is_begun = False
+        """It has been in a step."""
         self.num_computed_tokens = 0
         self.num_written_tokens = 0
         """Leading tokens whose KV was found in the cache when the sequence was admitted: their
         slots are not written, even where a row runs again."""
-        self.cached_tokens: int | None = None
-        """Prompt tokens that were not computed; set by the first admission."""
+        self.cached_tokens: dict[TierName, int] | None = None
+        """Prompt tokens that were not computed, by the tier that had them; set by the first
+        admission."""
+        self.cached_by_tier: dict[TierName, int] = {}
+        """The same of the present admission, as far as it has come."""
+        self.load: LoadTicket | None = None
+        """While LOADING."""
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.num_committed_blocks = 0
@@ -112,7 +126,11 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_remaining_tokens == 1 and self.num_output_tokens > 0
+        return (
+            self.state is SequenceState.RUNNING
+            and self.num_remaining_tokens == 1
+            and self.num_output_tokens > 0
+        )
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -16,9 +16,8 @@ import torch
 from xllm.config import EngineConfig
 from xllm.engine.batch import Batch
 from xllm.engine.kernels.interface import Decoder
-from xllm.engine.kernels.select import select_kernels
+from xllm.engine.kernels.select import load_decoder
 from xllm.engine.memory import available_memory_bytes
-from xllm.engine.model import ComposedDecoder
 from xllm.engine.model_config import DecoderConfig, load_config
 from xllm.engine.sampler import SampledTokens, SamplingBatch, sample
 from xllm.engine.weights import Checkpoint, fingerprint
@@ -48,8 +47,9 @@ class Runner:
         self.config = config
         self.device = _pick_device(config.device)
         self.dtype = _pick_dtype(config.dtype, self.device)
+        self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
         if self.device.type == "cpu":
-            torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(self._num_threads)
         self.model_config = load_config(model_path, config.max_model_len)
         self.max_model_len = _pick_max_model_len(config, self.model_config)
         self.block_size = config.block_size
@@ -102,14 +102,23 @@ class Runner:
             faulty.update(start + row for row in sampled.faulty_rows)
         return SampledTokens(token_ids, logprobs, frozenset(faulty))
 
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[R, V] float32: runs one step and samples nothing. For evaluation: R is not bounded."""
+        return self._decoder.logits(self._decoder.forward(batch, self._cache))
+
     def _load_decoder(self, model_path: Path) -> Decoder:
-        kernels = select_kernels(self.device, self.dtype)
         with (
             torch.inference_mode(),
             Checkpoint(model_path, self.model_config, self.dtype, self.device) as checkpoint,
         ):
-            return ComposedDecoder(
-                self.model_config, checkpoint, kernels, self.max_model_len, self.device
+            return load_decoder(
+                self.model_config,
+                checkpoint,
+                device=self.device,
+                dtype=self.dtype,
+                max_model_len=self.max_model_len,
+                num_threads=self._num_threads,
             )
 
     def _new_cache(self, num_blocks: int) -> torch.Tensor:

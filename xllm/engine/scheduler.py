@@ -14,8 +14,12 @@ sequence always gets on, because a cache is never smaller than one request of th
 Beside decodes a prompt gets no more rows than keep the step under `max_step_s`, so that streams
 flow evenly (TBT); alone it gets the whole budget.
 
-A waiting request whose next block is being computed by a running one is passed over until that
-block is there: requests that arrive together with the same new prefix compute it once.
+A waiting request whose next block is being computed or loaded for another is passed over until
+that block is there: requests that arrive together with the same new prefix compute it once.
+
+A request with blocks in lower tiers is admitted like any other, but LOADING, without rows, until
+they have arrived or `prefetch_timeout_s` is over; others run meanwhile. It keeps its place in the
+order of admission, so it can be preempted.
 
 With n > 1 the first sample prefills; the others are its `children`, draw their first token from the
 same logits, and are forked from its blocks after that step.
@@ -29,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from xllm.cache.kv_cache import KVCache
+from xllm.cache.kv_cache import KVCache, PrefixMatch
 from xllm.engine.request import Sequence, SequenceState
 from xllm.engine.step_cost import StepCost, StepWork, decode_work, prefill_work
 from xllm.protocol import FinishReason, GenerateRequest
@@ -49,6 +53,8 @@ class SchedulerLimits:
     max_tokens_per_chunk: int = 0
     """Prompt tokens of a step that also decodes; 0: what keeps the step under `max_step_s`."""
     max_step_s: float = 0.08
+    prefetch_timeout_s: float | None = None
+    """Of a load; None: what computing the same tokens would take."""
     enable_chunked_prefill: bool = True
 
 
@@ -187,16 +193,26 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Decides the next step; the plan is empty when nothing can run."""
+        self.poll_loads()
         decodes = self._schedule_decodes()
         budget = _Budget(self.limits, self._cost, decodes)
         prefills: list[ScheduledSequence] = []
         for seq in self.running:
-            if not seq.is_decoding:
+            if seq.state is SequenceState.RUNNING and not seq.is_decoding:
                 self._schedule_prefill(seq, budget, prefills)
         if not self._preempted:
             self._admit(budget, prefills)
         copies, self._copies = self._copies, []
         return StepPlan(decodes + prefills, len(decodes), copies)
+
+    def poll_loads(self) -> None:
+        """Lets sequences whose blocks have arrived run; moves the lower tiers' work on."""
+        for seq in self.kv_cache.poll():
+            assert isinstance(seq, Sequence)
+            if self.kv_cache.complete_load(seq):
+                self._begin(seq)
+            else:
+                self._preempt(seq)
 
     def complete(self, plan: StepPlan, token_ids: list[int]) -> list[Advance]:
         """Applies a step: `token_ids` are the drawn tokens, `num_samples` for each entry in order.
@@ -264,25 +280,40 @@ class Scheduler:
         for seq in list(self.waiting):
             if len(self.running) >= self.limits.max_seqs_per_batch:
                 return
-            match = self.kv_cache.match(seq)
+            match = self.kv_cache.match(seq, self._cost.token_s() * self.kv_cache.block_size)
             if match.is_pending:
                 num_passed_over += 1
                 if num_passed_over == MAX_PASSED_OVER:
                     return
                 continue
             start = min(match.num_tokens, seq.num_tokens - 1)
-            if not budget.affords(start, seq.num_tokens - start):
+            if not match.tiers and not budget.affords(start, seq.num_tokens - start):
                 return
             # A block for the next token of each running sequence stays free, so that admitting
             # one request does not preempt another a moment later.
-            if not self.kv_cache.try_admit(seq, match, num_spare_blocks=len(self.running)):
+            if not self.kv_cache.try_admit(
+                seq, match, len(self.running), self._load_timeout_s(match)
+            ):
                 return
-            if seq.cached_tokens is None:
-                seq.cached_tokens = seq.num_computed_tokens
             self.waiting.remove(seq)
-            seq.state = SequenceState.RUNNING
             self.running.append(seq)
-            self._schedule_prefill(seq, budget, prefills)
+            if seq.load is not None:
+                seq.state = SequenceState.LOADING
+            else:
+                self._begin(seq)
+                self._schedule_prefill(seq, budget, prefills)
+
+    def _begin(self, seq: Sequence) -> None:
+        """All that the cache had of `seq` is on the device."""
+        seq.state = SequenceState.RUNNING
+        if seq.cached_tokens is None:
+            seq.cached_tokens = seq.cached_by_tier
+
+    def _load_timeout_s(self, match: PrefixMatch) -> float:
+        if self.limits.prefetch_timeout_s is not None:
+            return self.limits.prefetch_timeout_s
+        num_tokens = len(match.tiers) * self.kv_cache.block_size
+        return self._cost.predict(prefill_work(match.num_tokens, num_tokens))
 
     def _append(self, seq: Sequence, token_id: int, sample: int) -> Advance:
         advance = Advance(seq, seq.num_output_tokens, [token_id], sample)
@@ -321,7 +352,7 @@ class Scheduler:
         self.waiting.insert(0, seq)
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
-        if seq.state is SequenceState.RUNNING:
+        if seq.state in (SequenceState.RUNNING, SequenceState.LOADING):
             self.running.remove(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)

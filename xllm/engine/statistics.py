@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from xllm.engine.scheduler import Scheduler, StepPlan
 from xllm.engine.step_cost import StepCost, decode_work
 
 RATE_PROMPT_TOKENS = 512
 """Length of the prompt whose rate is reported."""
+
+
+class EngineObserver(Protocol):
+    """Takes what histograms are made of; called on the engine's thread."""
+
+    def request_begun(self, waited_s: float) -> None:
+        """A sequence is in a step for the first time, so long after it was submitted."""
+        ...
+
+    def step_done(self, plan: StepPlan, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,6 +94,10 @@ class StepCost:
         seconds = self.predict(prefill_work(0, num_tokens))
         return num_tokens / seconds if seconds > 0 else 0.0
 
+    def token_s(self) -> float:
+        """What a prompt token costs at the least, beside others in one chunk; 0: not known yet."""
+        return float(self._positive()[1])
+
     def _positive(self) -> npt.NDArray[np.float64]:
         return np.maximum(self._coefficients, 0.0)
 

@@ -18,10 +18,9 @@ import asyncio
 import enum
 import logging
 import random
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
-from xllm.errors import REQUEST_ERRORS, EngineFault, RequestError, WorkerLost
+from xllm.errors import REQUEST_ERRORS, EngineFault, WorkerLost
 from xllm.protocol import (
     PROTOCOL_VERSION,
     GenerateRequest,
@@ -33,6 +32,7 @@ from xllm.protocol import (
     WorkerLoad,
 )
 from xllm.roles import frames
+from xllm.roles.delta_queue import DeltaQueue
 from xllm.roles.stream import FrameProtocol, StreamLimits
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,8 @@ class WorkerStream:
         self._change_state(StreamState.CONNECTING)
         error = f"worker {self.worker_id} was lost: {reason}"
         for opened in lost:
-            opened.fail(WorkerLost(error))
+            opened.open_keys.clear()
+            opened.end(WorkerLost(error))
         if self._tokenizer is not None and not self._tokenizer.done():
             self._tokenizer.set_exception(WorkerLost(error))
             self._tokenizer.exception()
@@ -234,12 +235,13 @@ class WorkerStream:
         opened = self._open.get(key)
         if opened is None:
             return
+        opened.push(delta)
         if delta.finish_reason is not None:
             del self._open[key]
             opened.open_keys.discard(key)
             if not opened.open_keys:
                 self.num_ended += 1
-        opened.push(delta)
+                opened.end()
 
     def _take_refusal(self, refused: frames.Refused) -> None:
         opened = self._open.get((refused.request_id, refused.attempt, refused.index))
@@ -247,7 +249,7 @@ class WorkerStream:
             return
         self._forget(opened)
         error_class = REQUEST_ERRORS.get(refused.label, EngineFault)
-        opened.fail(
+        opened.end(
             error_class(refused.message, param=refused.param, retry_after_s=refused.retry_after_s)
         )
 
@@ -255,6 +257,7 @@ class WorkerStream:
         """Tells the worker, unless the request has ended."""
         if opened.open_keys:
             self._forget(opened)
+            opened.end()
             if self._connection is not None:
                 request = opened.request
                 self._connection.send(
@@ -268,57 +271,25 @@ class WorkerStream:
         self.num_ended += 1
 
 
-class StreamRequest:
-    """One attempt of a request on one worker: its deltas as an async iterator for one consumer.
+class StreamRequest(DeltaQueue):
+    """One attempt of a request on one worker; ends with WorkerLost, or what the worker refused it
+    with, or after the last delta of each sample."""
 
-    What waits for a slow consumer is at most the request's own output, so it is bounded by the
-    model's length.
-    """
-
-    __slots__ = ("_deltas", "_error", "_stream", "_wakeup", "open_keys", "request")
+    __slots__ = ("_stream", "open_keys", "request")
 
     def __init__(self, stream: WorkerStream, request: GenerateRequest) -> None:
+        super().__init__()
         self.request = request
         self.open_keys = {
             (request.request_id, request.attempt, index)
             for index in range(request.index, request.index + request.n)
         }
+        """Samples that have not ended."""
         self._stream = stream
-        self._deltas: deque[TokenDelta] = deque()
-        self._error: RequestError | None = None
-        self._wakeup: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        return self
-
-    async def __anext__(self) -> TokenDelta:
-        """Raises: WorkerLost, or what the worker refused it with, after the deltas before."""
-        while not self._deltas:
-            if self._error is not None:
-                raise self._error
-            if not self.open_keys:
-                raise StopAsyncIteration
-            self._wakeup = asyncio.get_running_loop().create_future()
-            await self._wakeup
-        return self._deltas.popleft()
 
     def cancel(self) -> None:
         """Stops it; what has arrived can still be read. Idempotent, also after the end."""
         self._stream.cancel(self)
-        self._wake()
-
-    def push(self, delta: TokenDelta) -> None:
-        self._deltas.append(delta)
-        self._wake()
-
-    def fail(self, error: RequestError) -> None:
-        self.open_keys.clear()
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._wakeup is not None and not self._wakeup.done():
-            self._wakeup.set_result(None)
 
 
 class _WorkerConnection(FrameProtocol):

@@ -10,6 +10,7 @@ frame per master.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Callable
@@ -71,11 +72,14 @@ class StreamServer:
         self.draining = False
         self.connections: set[MasterConnection] = set()
         self._server: asyncio.Server | None = None
+        self._idle: asyncio.Event | None = None
 
     async def start(self, listening: socket.socket) -> None:
         """Serves on a bound socket, which it owns from now on."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: MasterConnection(self), sock=listening)
+        self._server = await loop.create_server(
+            lambda: MasterConnection(self), sock=listening, backlog=self.limits.max_connections
+        )
 
     def close(self) -> None:
         """Says goodbye to every master; their requests here end as lost."""
@@ -84,11 +88,21 @@ class StreamServer:
         for connection in list(self.connections):
             connection.leave("the worker stops")
 
-    def drain(self) -> None:
-        """Takes no new requests from now on."""
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new requests from now on; returns when none runs or the time is over."""
         self.draining = True
         for connection in self.connections:
             connection.send(frames.Draining())
+        self._idle = asyncio.Event()
+        self.check_idle()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+
+    def check_idle(self) -> None:
+        """To be called when a request has ended."""
+        if self._idle is not None and self.num_requests == 0:
+            self._idle.set()
 
     def change_epoch(self, epoch: Epoch) -> None:
         """The lease was lost and there is a new one: masters keep their connections."""
@@ -170,6 +184,7 @@ class MasterConnection(FrameProtocol):
         for open_request in abandoned:
             if open_request.running is not None:
                 open_request.running.cancel()
+        self._server.check_idle()
         logger.info(
             "master_disconnected master_id=%s num_cancelled=%d reason=%r",
             self.master_id,
@@ -254,17 +269,24 @@ class MasterConnection(FrameProtocol):
                 if open_request.num_open_samples == 0:
                     del self._open[key]
                     self._num_ended += 1
+                    self._server.check_idle()
 
         try:
             open_request.running = self._server.engine.submit(request, listen)
         except RequestError as error:
             self._cancel(key)
             self._refuse(key, error)
+        except Exception:
+            # Let through, it would end the connection and with it all other requests.
+            logger.exception("submit_failed request_id=%s", request.request_id)
+            self._cancel(key)
+            self._refuse(key, EngineFault("the worker could not begin the request"))
 
     def _cancel(self, key: tuple[str, int, int]) -> None:
         open_request = self._open.pop(key, None)
         if open_request is not None:
             self._num_ended += 1
+            self._server.check_idle()
             if open_request.running is not None:
                 open_request.running.cancel()
 

@@ -70,19 +70,19 @@ class ReferenceKernels:
         for seq in range(batch.num_seqs):
             start, end = (int(row) for row in batch.query_start_loc[seq : seq + 2])
             context_len = int(batch.context_lens[seq])
-            token_slots = [
-                (int(batch.block_tables[seq, token // block_size]), token % block_size)
-                for token in range(context_len)
-            ]
-            keys = torch.stack([kv_layer[block, 0, offset] for block, offset in token_slots])
-            values = torch.stack([kv_layer[block, 1, offset] for block, offset in token_slots])
-            for row in range(start, end):
-                seen = context_len - (end - 1 - row)
-                for head in range(query.shape[1]):
-                    kv_head = head // heads_per_kv_head
-                    scores = keys[:seen, kv_head].float() @ query[row, head].float() * scale
-                    weights = torch.softmax(scores, dim=0)
-                    output[row, head] = weights @ values[:seen, kv_head].float()
+            tokens = torch.arange(context_len, device=query.device)
+            blocks = batch.block_tables[seq, tokens // block_size].long()
+            keys, values = (
+                kv_layer[blocks, part, tokens % block_size]
+                .float()
+                .repeat_interleave(heads_per_kv_head, dim=1)
+                for part in (0, 1)
+            )  # [context, H, D]
+            scores = torch.einsum("qhd,chd->hqc", query[start:end].float(), keys) * scale
+            last_seen = context_len - (end - start) + torch.arange(end - start, device=query.device)
+            scores.masked_fill_(tokens > last_seen.unsqueeze(1), -torch.inf)
+            weights = torch.softmax(scores, dim=-1)
+            output[start:end] = torch.einsum("hqc,chd->qhd", weights, values)
         return output
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ cos and sin of its rows, where K and V go, which token slots each sequence reads
 
     decodes     grouped by context length (powers of two), one call of SDPA per group; the heads
                 that share a KV head are the rows of its query
-    prefills    one sequence at a time, its query in slices, so that the mask stays small
+    prefills    one sequence at a time; a chunk attends to its past without a mask and to itself
+                causally, and the two are merged by their log-sum-exp, as FlashDecoding does
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from xllm.engine.batch import Batch
-
-_MAX_MASK_ELEMENTS = 1 << 22
-"""Of one SDPA call: 16 MiB once it is float32."""
 
 
 class TorchLinear:
@@ -228,21 +227,23 @@ def _attend_prefill(
         for part in (0, 1)
     )  # [H/G, G, C, D], the first dimension without memory of its own
     by_head = query.view(num_rows, num_kv_heads, shared, head_dim).permute(2, 1, 0, 3)
-    if num_rows == context_len:
+    past = context_len - num_rows
+    if past == 0:
         attended = F.scaled_dot_product_attention(
             by_head, keys, values, is_causal=True, scale=scale
         )
-        output.view(num_rows, num_kv_heads, shared, head_dim).copy_(attended.permute(2, 1, 0, 3))
-        return
-    step = max(1, _MAX_MASK_ELEMENTS // context_len)
-    for start in range(0, num_rows, step):
-        end = min(start + step, num_rows)
-        seen = context_len - num_rows + end
-        last = torch.arange(seen - (end - start), seen, device=query.device)
-        mask = torch.arange(seen, device=query.device) <= last.unsqueeze(1)
-        attended = F.scaled_dot_product_attention(
-            by_head[:, :, start:end], keys[:, :, :seen], values[:, :, :seen], mask, scale=scale
+    elif query.device.type == "cpu":
+        # What scaled_dot_product_attention calls on a CPU, and the only way to its log-sum-exp.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        before, before_lse = flash(
+            by_head, keys[:, :, :past], values[:, :, :past], 0.0, False, scale=scale
         )
-        output[start:end].view(end - start, num_kv_heads, shared, head_dim).copy_(
-            attended.permute(2, 1, 0, 3)
+        itself, itself_lse = flash(
+            by_head, keys[:, :, past:], values[:, :, past:], 0.0, True, scale=scale
         )
+        share = torch.sigmoid(before_lse - itself_lse).unsqueeze(-1)
+        attended = torch.lerp(itself.float(), before.float(), share)
+    else:
+        mask = causal_lower_right(num_rows, context_len)
+        attended = F.scaled_dot_product_attention(by_head, keys, values, mask, scale=scale)
+    output.view(num_rows, num_kv_heads, shared, head_dim).copy_(attended.permute(2, 1, 0, 3))

@@ -13,7 +13,7 @@ import orjson
 from aiohttp import web
 
 from xllm.errors import RequestError, WorkerLost
-from xllm.protocol import FinishReason, GenerateRequest, TokenDelta
+from xllm.protocol import TIER_NAMES, FinishReason, GenerateRequest, TokenDelta
 from xllm.roles.api.errors import error_object
 from xllm.roles.api.format import Format, Usage
 from xllm.roles.api.generations import Generations
@@ -90,6 +90,7 @@ class _Answer:
         self._first: list[int] = []
         """Per request: the number of its first sample."""
         self._cached_tokens = [0] * len(job.requests)
+        self._cached_by_tier: list[dict[str, int]] = [{} for _ in job.requests]
         for request, prompt in zip(job.requests, job.prompts, strict=True):
             self._first.append(len(self.samples))
             self.samples += [self._new_sample(prompt) for _ in range(request.n)]
@@ -107,6 +108,10 @@ class _Answer:
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self._job.prompts),
             completion_tokens=sum(sample.num_tokens for sample in self.samples),
             cached_tokens=sum(self._cached_tokens),
+            cached_tokens_by_tier={
+                tier: sum(cached.get(tier, 0) for cached in self._cached_by_tier)
+                for tier in TIER_NAMES
+            },
         )
 
     def advance(
@@ -126,6 +131,8 @@ class _Answer:
             if delta.finish_reason is FinishReason.ABORT:
                 raise WorkerLost("the worker gave up this request; try again")
             self._cached_tokens[number] = max(self._cached_tokens[number], delta.cached_tokens)
+            if delta.cached_tokens_by_tier:
+                self._cached_by_tier[number] = delta.cached_tokens_by_tier
             choice = self._first[number] + delta.index
             sample = self.samples[choice]
             if sample.finished:

@@ -75,12 +75,13 @@ def _json_response(body: dict[str, Any], status: int, headers: dict[str, str]) -
 
 
 def _param(loc: Sequence[str | int]) -> str | None:
-    """("messages", 0, "<parts>", 1, "text") is messages[0][1].text: tags of unions are left out."""
+    """("prompt", "<texts>", 1) is prompt[1]: tags of unions are no part of the name, nor is what
+    pydantic calls the key of an object."""
     path = ""
     for step in loc:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif not step.startswith("<"):
+        elif not step.startswith("<") and step != "[key]":
             path += f".{step}" if path else step
     return path or None
 

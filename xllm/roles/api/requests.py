@@ -38,8 +38,8 @@ class ApiModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-def _kind(value: Any) -> str | None:
-    """The tag of a text, or of a list by its first entry."""
+def _prompt_kind(value: Any) -> str | None:
+    """A list is told by its first entry."""
     if isinstance(value, str):
         return "<text>"
     if not isinstance(value, list):
@@ -49,15 +49,23 @@ def _kind(value: Any) -> str | None:
     return "<token_lists>" if isinstance(value[0], list) else "<tokens>"
 
 
+def _content_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<text>"
+    return "<parts>" if isinstance(value, list) else None
+
+
 Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+TokenId = Annotated[int, Field(ge=0, le=_MAX_INT32)]
+TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     Annotated[Text, Tag("<text>")]
     | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<texts>")]
     | Annotated[TokenIds, Tag("<tokens>")]
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("<token_lists>")],
     Discriminator(
-        _kind,
+        _prompt_kind,
         custom_error_type="prompt_type",
         custom_error_message="must be a string, a list of strings, token ids, or a list of those",
     ),
@@ -90,12 +98,12 @@ class GenerationRequest(ApiModel):
     n: int | None = Field(None, ge=1, le=MAX_N)
     seed: int | None = Field(None, ge=_INT64_MIN, le=_INT64_MAX)
     stop: Stop | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=1024)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
     ignore_eos: bool | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[TokenIdKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token id, as a string, to what is added to its logit."
     )
     skip_special_tokens: bool | None = None
@@ -105,14 +113,6 @@ class GenerationRequest(ApiModel):
     cache_salt: str | None = Field(
         None, min_length=1, description="Requests share cached prefixes only under the same salt."
     )
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _check_keys(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for key in value or ():
-            if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise ValueError(f"keys must be token ids, not {key[:20]!r}")
-        return value
 
     @field_validator("stream_options")
     @classmethod
@@ -165,9 +165,7 @@ Content = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[list[TextPart], Field(fail_fast=True), Tag("<parts>")],
     Discriminator(
-        lambda value: (
-            "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
-        ),
+        _content_kind,
         custom_error_type="content_type",
         custom_error_message="must be a string or a list of text parts",
     ),
@@ -185,11 +183,21 @@ class ToolCall(ApiModel):
     function: FunctionCall
 
 
+def _drop_null(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [case for case in schema["anyOf"] if case != {"type": "null"}]
+
+
 class Message(ApiModel):
+    # The document asks for content, which is the rule.
+    model_config = ConfigDict(json_schema_extra={"required": ["role", "content"]})
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: list[ToolCall] | None = None
     content: Content | None = Field(
-        None, validate_default=True, description="Required, except beside tool_calls."
+        None,
+        validate_default=True,
+        description="May be left out beside tool_calls.",
+        json_schema_extra=_drop_null,
     )
     name: str | None = None
     tool_call_id: str | None = None
@@ -250,4 +258,4 @@ class DetokenizeRequest(ApiModel):
     """Body of /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[int], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -26,6 +26,9 @@ class ErrorResponse(BaseModel):
 
 class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Prompt tokens that were not computed.")
+    cached_tokens_by_tier: dict[str, int] = Field(
+        description="The same, by the tier that had them: device, host, disk, remote."
+    )
 
 
 class Usage(BaseModel):

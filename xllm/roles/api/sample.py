@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from xllm.protocol import FinishReason, TokenDelta, TokenLogprob
-from xllm.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+from xllm.stop_matcher import StopMatcher
+from xllm.tokenizer import IncrementalDecoder, Tokenizer
 
 
 class Score(NamedTuple):
@@ -99,11 +100,12 @@ class Sample:
         self.num_tokens += len(token_ids)
         if delta.stop_token_id is not None:
             token_ids = token_ids[:-1]
-        num_exempt = max(self._options.min_tokens - num_before, 0)
-        text = self._decode(token_ids[:num_exempt], delta.logprobs)
-        shown, stopped = self._matcher.push(
-            self._decode(token_ids[num_exempt:], (delta.logprobs or ())[num_exempt:])
-        )
+        logprobs: Sequence[TokenLogprob] = delta.logprobs or ()
+        text = ""
+        if num_exempt := max(self._options.min_tokens - num_before, 0):
+            text = self._decode(token_ids[:num_exempt], logprobs)
+            token_ids, logprobs = token_ids[num_exempt:], logprobs[num_exempt:]
+        shown, stopped = self._matcher.push(self._decode(token_ids, logprobs))
         text += shown
         if stopped:
             self.finish_reason = FinishReason.STOP
@@ -116,7 +118,7 @@ class Sample:
         part.finish_reason = self.finish_reason
         return part
 
-    def _decode(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None) -> str:
+    def _decode(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> str:
         if not self._options.with_scores or not logprobs:
             return self._decoder.push(token_ids)
         text = ""

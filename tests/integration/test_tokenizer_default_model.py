@@ -1,0 +1,39 @@
+"""The default model's tokenizer gives what transformers gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xllm.tokenizer import IncrementalDecoder, Tokenizer
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "tokenizer_golden.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(default_model_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(default_model_folder)
+
+
+@pytest.mark.parametrize("case", GOLDEN["texts"], ids=lambda case: case["text"])
+def test_texts(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
+    ids = tokenizer.encode(case["text"])
+    assert ids == case["ids"]
+    assert tokenizer.decode(ids) == case["decoded"]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == case["decoded_with_special"]
+    decoder = IncrementalDecoder(tokenizer, at_start=True)
+    assert "".join(decoder.push([i]) for i in ids) + decoder.flush() == case["decoded"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["conversations"])
+def test_conversations(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
+    prompt = tokenizer.apply_chat_template(case["messages"], add_generation_prompt=True)
+    assert prompt == case["prompt"]
+    assert tokenizer.encode(prompt, add_special_tokens=False) == case["ids"]
+
+
+def test_the_end_of_an_answer(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.token_name(i) for i in tokenizer.eos_token_ids] == ["<|im_end|>"]

@@ -1,0 +1,339 @@
+"""Blocks on their way up to the device for requests that wait for them.
+
+    start ──> QUEUED ──a mover thread takes it──> RUNNING ──> ARRIVED (verified) or FAILED
+                 └───────────cancelled──────────> FAILED
+
+A request can use only an unbroken prefix, so a ticket has a limit: the index of the first block
+that will not arrive. It begins at the number of blocks, and falls when a transfer fails, the
+deadline passes or the request is cancelled; queued transfers at or above it are taken back. The
+ticket is done when every block below the limit has arrived.
+
+A transfer that runs cannot be stopped. When its ticket is done without it, its device blocks are
+*busy*: they belong to the loader until the transfer has ended, and `take_returned_blocks` gives
+them back. The pins on its source slots stay as long.
+
+Pure bookkeeping for the engine's thread; bytes move on the mover's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from xllm.cache.copies import load_from_disk, load_from_host
+from xllm.cache.disk_tier import Attachment, DiskTier
+from xllm.cache.host_tier import DeviceBlocks, HostTier
+from xllm.cache.mover import Mover, Transfer
+from xllm.cache.rates import TransferRate
+from xllm.cache.tier import LOWER_TIERS, SlotTable, TierName
+from xllm.errors import TierIOError
+from xllm.protocol import BlockHash
+
+TRANSFER_BYTES = 4 << 20
+"""Of one transfer: large enough for the disk and for what a transfer costs, small enough that a few
+threads share a prompt evenly."""
+
+
+@dataclass(slots=True)
+class _Item:
+    """One block of a ticket."""
+
+    hash: BlockHash
+    block_id: int
+    tier: TierName
+    arrived: bool = False
+    under_way: bool = False
+    """Its transfer is queued or running."""
+
+
+class LoadTicket:
+    """What one request waits for. Read by the scheduler, changed by `Loader` only."""
+
+    __slots__ = (
+        "_items",
+        "_runs",
+        "deadline",
+        "is_done",
+        "is_seen",
+        "limit",
+        "num_arrived",
+        "started_at",
+    )
+
+    def __init__(self, items: list[_Item], started_at: float, deadline: float) -> None:
+        self._items = items
+        self._runs: list[_Run] = []
+        self.started_at = started_at
+        self.deadline = deadline
+        self.limit = len(items)
+        self.num_arrived = 0
+        """Leading blocks whose bytes are on the device and verified."""
+        self.is_done = False
+        self.is_seen = False
+        """Its owner knows that it is done, and so which of its blocks are busy."""
+
+    @property
+    def tiers(self) -> list[TierName]:
+        """Where the blocks that have arrived came from."""
+        return [item.tier for item in self._items[: self.num_arrived]]
+
+    @property
+    def busy_block_ids(self) -> list[int]:
+        """Device blocks that a transfer still writes to: when the ticket is done, they are not the
+        request's any more. To be read as soon as `poll` or `cancel` returns."""
+        return [item.block_id for item in self._items if item.under_way]
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Items [start, stop) of a ticket: one transfer from one tier."""
+
+    ticket: LoadTicket
+    start: int
+    stop: int
+    tier: TierName
+    table: SlotTable
+    attachment: Attachment | None
+    slots: list[int]
+    checksums: list[bytes]
+    sound: list[bool]
+    transfer: Transfer | None = None
+    ended_at: float | None = None
+
+    @property
+    def items(self) -> list[_Item]:
+        return self.ticket._items[self.start : self.stop]
+
+
+@dataclass(slots=True)
+class LoadCounters:
+    """Since the start."""
+
+    num_tickets: int = 0
+    num_timeouts: int = 0
+    """Loads whose deadline passed."""
+    num_cancelled: int = 0
+    num_corrupt: int = 0
+    """Blocks whose checksum did not hold."""
+    num_failed_transfers: int = 0
+
+
+class Loader:
+    """Tickets and the transfers that fill them."""
+
+    def __init__(
+        self,
+        device: DeviceBlocks,
+        mover: Mover,
+        host: HostTier | None,
+        disk: DiskTier | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.counters = LoadCounters()
+        self.rates = {tier: TransferRate(clock) for tier in LOWER_TIERS}
+        self.blocks_loaded = dict.fromkeys(LOWER_TIERS, 0)
+        self._device = device
+        self._mover = mover
+        self._host = host
+        self._disk = disk
+        self._clock = clock
+        self._loading: dict[LoadTicket, None] = {}
+        self._num_running = 0
+        """Runs whose transfer has not ended, of done tickets too."""
+        self._done: list[LoadTicket] = []
+        self._returned: list[int] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """No transfer is queued or running."""
+        return self._num_running == 0
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `poll` has to be called although nothing has ended."""
+        return min((ticket.deadline for ticket in self._loading), default=None)
+
+    def start(
+        self, blocks: Sequence[tuple[BlockHash, TierName, int]], timeout_s: float
+    ) -> LoadTicket:
+        """Pins blocks where they are and queues their transfers.
+
+        blocks: (hash, tier, device block that takes it), in the order of the chain. The device
+        blocks stay with the caller, who neither frees nor uses them until the ticket is done.
+        A block that is not there any more ends the ticket's prefix.
+        """
+        now = self._clock()
+        items = [_Item(block_hash, block_id, tier) for block_hash, tier, block_id in blocks]
+        ticket = LoadTicket(items, now, now + timeout_s)
+        self.counters.num_tickets += 1
+        self._loading[ticket] = None
+        self._pin(ticket)
+        for run in ticket._runs:
+            for item in run.items:
+                item.under_way = True
+            run.transfer = self._mover.start_load(self._work(run), partial(self._end, run))
+            self._num_running += 1
+        self._settle(ticket)
+        return ticket
+
+    def cancel(self, ticket: LoadTicket) -> None:
+        """The request does not want its blocks any more: the ticket is done at once, with none."""
+        if ticket.is_seen:
+            return
+        self.counters.num_cancelled += 1
+        if ticket.is_done:
+            self._done.remove(ticket)
+        else:
+            self._lower(ticket, 0)
+            self._finish(ticket)
+        ticket.num_arrived = 0
+        ticket.is_seen = True
+
+    def expire(self) -> None:
+        """Ends the tickets whose deadline has passed: with what has arrived."""
+        now = self._clock()
+        for ticket in [ticket for ticket in self._loading if ticket.deadline <= now]:
+            self.counters.num_timeouts += 1
+            self._lower(ticket, ticket.num_arrived)
+            self._settle(ticket)
+
+    def take_done(self) -> list[LoadTicket]:
+        """Tickets done since the last call, but for cancelled ones."""
+        done, self._done = self._done, []
+        for ticket in done:
+            ticket.is_seen = True
+        return done
+
+    def take_returned_blocks(self) -> list[int]:
+        """Device blocks that were busy when their ticket was done, and are not any more."""
+        returned, self._returned = self._returned, []
+        return returned
+
+    def check_invariants(self) -> None:
+        num_running = 0
+        for ticket in self._loading:
+            assert not ticket.is_done
+            assert ticket.num_arrived < ticket.limit
+            assert all(item.arrived for item in ticket._items[: ticket.num_arrived])
+            num_running += any(item.under_way for item in ticket._items)
+        assert num_running <= self._num_running
+
+    def _pin(self, ticket: LoadTicket) -> None:
+        """Cuts the ticket into runs: neighbours from one tier, of about TRANSFER_BYTES."""
+        max_blocks = max(1, TRANSFER_BYTES // self._device.block_bytes)
+        run: _Run | None = None
+        for i, item in enumerate(ticket._items):
+            source = self._source(item.tier)
+            stored = None if source is None else source[0].prepare_load(item.hash)
+            if source is None or stored is None:
+                self._lower(ticket, i)
+                return
+            table, attachment = source
+            if run is None or run.table is not table or i - run.start == max_blocks:
+                run = _Run(ticket, i, i, item.tier, table, attachment, [], [], [])
+                ticket._runs.append(run)
+                if attachment is not None:
+                    attachment.begin_transfer()
+            run.slots.append(stored.slot)
+            run.checksums.append(stored.checksum)
+            run.stop = i + 1
+
+    def _source(self, tier: TierName) -> tuple[SlotTable, Attachment | None] | None:
+        if tier is TierName.HOST and self._host is not None:
+            return self._host.table, None
+        if tier is TierName.DISK and self._disk is not None:
+            attachment = self._disk.attachment
+            return None if attachment is None else (attachment.table, attachment)
+        return None
+
+    def _work(self, run: _Run) -> Callable[[], None]:
+        """What the mover thread does: moves bytes, and sets `run.sound`."""
+        device, block_ids = self._device, [item.block_id for item in run.items]
+        slots, checksums, attachment = run.slots, run.checksums, run.attachment
+        host = self._host
+
+        def work() -> None:
+            if attachment is not None:
+                run.sound = load_from_disk(attachment, slots, checksums, device, block_ids)
+            else:
+                assert host is not None
+                run.sound = load_from_host(host, slots, checksums, device, block_ids)
+
+        return work
+
+    def _end(self, run: _Run, transfer: Transfer) -> None:
+        self._num_running -= 1
+        run.transfer = None
+        run.ended_at = self._clock()
+        ticket = run.ticket
+        if transfer.error is not None:
+            self.counters.num_failed_transfers += 1
+            run.sound = [False] * len(run.slots)
+        for item, sound in zip(run.items, run.sound, strict=True):
+            item.under_way = False
+            item.arrived = sound
+            if ticket.is_seen:
+                self._returned.append(item.block_id)
+        self._unpin(run)
+        if transfer.error is None:
+            for item, sound in zip(run.items, run.sound, strict=True):
+                if not sound:
+                    self.counters.num_corrupt += 1
+                    run.table.discard(item.hash)
+        elif isinstance(transfer.error, TierIOError) and run.attachment is not None:
+            assert self._disk is not None
+            self._disk.detach(run.attachment, transfer.error)
+        if not ticket.is_done:
+            for i, sound in enumerate(run.sound, run.start):
+                if not sound:
+                    self._lower(ticket, i)
+                    break
+            self._settle(ticket)
+
+    def _lower(self, ticket: LoadTicket, limit: int) -> None:
+        """Nothing at or above `limit` is wanted any more."""
+        ticket.limit = min(ticket.limit, limit)
+        for run in ticket._runs:
+            transfer = run.transfer
+            if run.start < ticket.limit or transfer is None:
+                continue
+            if self._mover.try_cancel(transfer):
+                self._num_running -= 1
+                run.transfer = None
+                for item in run.items:
+                    item.under_way = False
+                self._unpin(run)
+
+    def _settle(self, ticket: LoadTicket) -> None:
+        """Moves the ticket's prefix on, and ends the ticket if it has reached the limit."""
+        items = ticket._items
+        while ticket.num_arrived < ticket.limit and items[ticket.num_arrived].arrived:
+            ticket.num_arrived += 1
+        if ticket.num_arrived == ticket.limit:
+            self._finish(ticket)
+            self._done.append(ticket)
+            self._measure(ticket)
+
+    def _finish(self, ticket: LoadTicket) -> None:
+        ticket.num_arrived = ticket.limit
+        ticket.is_done = True
+        del self._loading[ticket]
+
+    def _measure(self, ticket: LoadTicket) -> None:
+        """One observation for each tier: what it brought, until its last transfer ended."""
+        now = self._clock()
+        for tier in {run.tier for run in ticket._runs}:
+            runs = [run for run in ticket._runs if run.tier is tier]
+            num_blocks = sum(item.arrived for run in runs for item in run.items)
+            ended_at = max(now if run.ended_at is None else run.ended_at for run in runs)
+            self.blocks_loaded[tier] += num_blocks
+            self.rates[tier].observe(
+                num_blocks * self._device.block_bytes, ended_at - ticket.started_at
+            )
+
+    def _unpin(self, run: _Run) -> None:
+        for slot in run.slots:
+            run.table.complete_load(slot)
+        if run.attachment is not None:
+            run.attachment.end_transfer()

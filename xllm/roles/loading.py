@@ -1,0 +1,65 @@
+"""From the flags of a worker to an engine with its model in memory.
+
+Importing this module imports torch, which takes seconds; all of it blocks. A worker does both on a
+thread, after it has bound its ports.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from xllm.config import EngineConfig
+from xllm.engine.engine import Engine
+from xllm.engine.runner import Runner
+from xllm.engine.weights import weight_files
+from xllm.model_store import default_model_id, resolve_model
+from xllm.protocol import ModelCard
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that can be started: `engine.start()`."""
+
+    folder: Path
+    card: ModelCard
+    runner: Runner
+    engine: Engine
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Finds or fetches the model, loads its weights, and says what it takes.
+
+    Raises: ConfigError.
+    """
+    folder = resolve_model(
+        config.model, progress=lambda line: logger.info("model_preparing progress=%r", line)
+    )
+    model_id = config.model_id or default_model_id(config.model)
+    logger.info("model_loading model_id=%s folder=%s", model_id, folder)
+    runner = Runner(config, folder)
+    logger.info(
+        "model_loaded model_id=%s weights_bytes=%d device=%s dtype=%s max_model_len=%d",
+        model_id,
+        sum(file.stat().st_size for file in weight_files(folder)),
+        runner.device,
+        runner.kv_dtype,
+        runner.max_model_len,
+    )
+    logger.info(
+        "cache_sized num_blocks=%d tokens=%d bytes=%d",
+        runner.num_blocks,
+        runner.num_blocks * runner.block_size,
+        runner.num_blocks * runner.block_bytes,
+    )
+    card = ModelCard(
+        model_id=model_id,
+        max_model_len=runner.max_model_len,
+        vocab_size=runner.model_config.vocab_size,
+        created=int(time.time()),
+    )
+    return LoadedModel(folder, card, runner, Engine(runner))

@@ -1,0 +1,130 @@
+"""The master role: the public API over every worker that etcd knows.
+
+    startup   ports, with the API answering 503; etcd, which may be an own child; registration
+    serve     until cancelled
+    stop      the API lets running requests end for a moment; then the lease is given back
+
+Any number of masters serve side by side. One is elected for what must be done once; so far there
+is nothing of that kind, so the leader only says that it leads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+
+import msgspec
+
+from xllm.config import DEFAULT_ETCD_ADDR, EtcdConfig, MasterConfig
+from xllm.coordination import Election, EmbeddedEtcd, Keys, Session, ensure_etcd
+from xllm.coordination.endpoints import parse_endpoints
+from xllm.errors import EtcdUnavailable
+from xllm.net import advertised_host, bound_port, join_host_port, listen
+from xllm.protocol import MasterId, MasterInfo
+from xllm.roles.cluster import Cluster
+from xllm.roles.cluster_backend import ClusterBackend
+from xllm.roles.global_scheduler import make_policy
+from xllm.roles.openai_api import build_app, make_runner
+from xllm.roles.operator import OperatorPort, serve
+from xllm.telemetry import Metrics, measure_event_loop_lag
+from xllm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+ETCD_RETRY_S = 1.0
+
+
+async def run_master(config: MasterConfig) -> None:
+    """Serves until cancelled.
+
+    Raises: ConfigError, EtcdUnavailable.
+    """
+    policy = make_policy(config.load_balance_policy)
+    keys = Keys(config.etcd.etcd_namespace)
+    metrics = Metrics(engine=False)
+    async with contextlib.AsyncExitStack() as stack:
+        api_socket = stack.enter_context(
+            _listen(config.net.host, config.http_server_port, "http_server_port")
+        )
+        operator_socket = stack.enter_context(
+            _listen(config.net.host, config.rpc_server_port, "rpc_server_port")
+        )
+        endpoints = parse_endpoints(config.etcd.etcd_addr or DEFAULT_ETCD_ADDR)
+        host = await advertised_host(config.net, [str(endpoint) for endpoint in endpoints])
+        address = join_host_port(host, bound_port(api_socket))
+        info = MasterInfo(
+            master_id=MasterId(address),
+            http_address=address,
+            operator_address=join_host_port(host, bound_port(operator_socket)),
+            started_at=time.time(),
+        )
+        tokenizer = await _load_tokenizer(config)
+        cluster = Cluster(info.master_id, metrics)
+        backend = ClusterBackend(cluster.registry, policy, metrics, tokenizer)
+        operator = OperatorPort(metrics, is_ready=lambda: bool(backend.model_cards()))
+        operator.add_collector(cluster.collect)
+        await stack.enter_async_context(serve(operator.runner(), operator_socket))
+
+        # What is left last is entered first: the lease outlives the tasks, and these the API.
+        etcd_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        app = build_app(backend, config.api, metrics)
+        await stack.enter_async_context(serve(make_runner(app), api_socket))
+        tasks.create_task(measure_event_loop_lag(metrics))
+        logger.info("master_listening url=http://%s", address)
+
+        client, embedded = await ensure_etcd(config.etcd)
+        if embedded is not None:
+            keeper = _EmbeddedEtcdKeeper(config.etcd, embedded)
+            etcd_stack.push_async_callback(keeper.stop)
+            tasks.create_task(keeper.run())
+        etcd_stack.push_async_callback(client.close)
+        session = Session(client, config.etcd.lease_ttl)
+        etcd_stack.push_async_callback(session.close)
+        session.on_new_epoch(lambda epoch: metrics.lease_epochs.inc())
+        operator.add_collector(lambda: metrics.etcd_connected.set(session.alive))
+        tasks.create_task(session.run())
+        await session.register(keys.master(info.master_id), msgspec.json.encode(info))
+        metrics.lease_epochs.inc()
+        tasks.create_task(Election(session, keys.leader, info.master_id.encode()).run())
+        tasks.create_task(backend.fetch_tokenizers(cluster.changed))
+        await cluster.follow(client, keys)
+
+
+def _listen(host: str, port: int, flag: str) -> contextlib.closing[socket.socket]:
+    return contextlib.closing(listen(host, port, flag=flag))
+
+
+async def _load_tokenizer(config: MasterConfig) -> Tokenizer | None:
+    """Raises: ConfigError."""
+    if config.tokenizer_path is None:
+        return None
+    return await asyncio.to_thread(Tokenizer.from_folder, config.tokenizer_path)
+
+
+class _EmbeddedEtcdKeeper:
+    """Replaces an embedded etcd that has ended by a fresh one, in which everybody registers anew:
+    requests do not notice."""
+
+    def __init__(self, config: EtcdConfig, etcd: EmbeddedEtcd) -> None:
+        self._config = config
+        self._etcd: EmbeddedEtcd | None = etcd
+
+    async def run(self) -> None:
+        while self._etcd is not None:
+            output = await self._etcd.wait()
+            logger.error("embedded_etcd_ended output=%r", output[-500:])
+            await asyncio.sleep(ETCD_RETRY_S)
+            try:
+                client, self._etcd = await ensure_etcd(self._config)
+            except EtcdUnavailable as error:
+                logger.error("embedded_etcd_not_replaced reason=%r", str(error))
+            else:
+                await client.close()
+
+    async def stop(self) -> None:
+        if self._etcd is not None:
+            await self._etcd.stop()

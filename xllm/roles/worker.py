@@ -1,0 +1,187 @@
+"""The worker role: an engine, and either masters that use it or a public API of its own.
+
+    startup   ports, so that a taken one ends it at once; etcd; the model; the registration
+    serve     until cancelled, fenced by a worker of the same id, or the engine gives up
+    drain     no new requests; running ones get `DRAIN_S`; then the lease is given back
+
+A lease that was lost (a pause, an etcd that came back empty) is replaced by a new one under the
+requests that run: they do not notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from xllm.config import DEFAULT_ETCD_ADDR, EngineConfig, WorkerConfig
+from xllm.coordination import EtcdClient, Keys, Session
+from xllm.errors import ConfigError
+from xllm.net import advertised_host, bound_port, join_host_port, listen
+from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad
+from xllm.roles.engine_report import EngineReport, StepMetrics
+from xllm.roles.local_backend import LocalBackend
+from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
+from xllm.roles.openai_api import build_app, make_runner
+from xllm.roles.operator import OperatorPort, serve
+from xllm.roles.stream_server import StreamServer
+from xllm.telemetry import Metrics, measure_event_loop_lag
+from xllm.tokenizer import Tokenizer, read_tokenizer_files
+
+if TYPE_CHECKING:
+    from xllm.engine.engine import Engine
+    from xllm.roles.loading import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 3.0
+"""Less than a process has to end after a signal."""
+
+
+async def run_worker(config: WorkerConfig) -> None:
+    """Serves until cancelled; drains before it lets the cancellation through.
+
+    Raises: ConfigError (Fenced included), EtcdUnavailable, EngineFault.
+    """
+    host = config.net.host
+    with (
+        contextlib.closing(listen(host, config.port, flag="port")) as main_socket,
+        contextlib.closing(
+            listen(host, config.rpc_server_port, flag="rpc_server_port")
+        ) as operator_socket,
+    ):
+        worker = _Worker(config, main_socket, operator_socket)
+        async with (
+            serve(worker.operator.runner(), operator_socket),
+            asyncio.TaskGroup() as tasks,
+        ):
+            tasks.create_task(measure_event_loop_lag(worker.metrics))
+            if config.enable_service_routing:
+                await worker.serve_masters(tasks)
+            else:
+                await worker.serve_clients(tasks)
+
+
+def _load_model(config: EngineConfig) -> LoadedModel:
+    # Torch's threads sleep between its operations: the native kernels have threads of their own.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Only now, because it imports torch: see there.
+    from xllm.roles.loading import load_model
+
+    return load_model(config)
+
+
+class _Worker:
+    def __init__(
+        self, config: WorkerConfig, main_socket: socket.socket, operator_socket: socket.socket
+    ) -> None:
+        routed = config.enable_service_routing
+        self.config = config
+        self.metrics = Metrics(api=not routed, cluster=routed)
+        self.ready = False
+        self.operator = OperatorPort(self.metrics, is_ready=lambda: self.ready)
+        self._main_socket = main_socket
+        self._operator_socket = operator_socket
+
+    async def serve_masters(self, tasks: asyncio.TaskGroup) -> None:
+        config = self.config
+        client = EtcdClient([config.etcd.etcd_addr or DEFAULT_ETCD_ADDR])
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(client.close)
+            keys = Keys(config.etcd.etcd_namespace)
+            host = await advertised_host(config.net, client.addresses.split(","))
+            worker_id = self._worker_id(host)
+            await client.connect(ETCD_WAIT_S)
+            model = await asyncio.to_thread(_load_model, config.engine)
+            session = Session(client, config.etcd.lease_ttl)
+            # Warming up takes longer than finding out that it is in vain.
+            await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
+            report = await stack.enter_async_context(self._run_engine(model.engine, tasks))
+            tokenizer = await asyncio.to_thread(read_tokenizer_files, model.folder)
+            server = StreamServer(worker_id, session.epoch, model.engine, tokenizer)
+            await server.start(self._main_socket)
+            stack.callback(server.close)
+            session.on_new_epoch(server.change_epoch)
+
+            def info(epoch: Epoch) -> WorkerInfo:
+                return self._info(worker_id, epoch, host, model)
+
+            def load(epoch: Epoch) -> WorkerLoad:
+                return report.load(epoch, server.watermarks())
+
+            membership = WorkerMembership(session, keys, info, load, self.metrics)
+            self.operator.add_collector(membership.collect)
+            stack.push_async_callback(session.close)
+            tasks.create_task(session.run())
+            await membership.join()
+            try:
+                tasks.create_task(membership.publish_load())
+                self.ready = True
+                logger.info("worker_ready worker_id=%s address=%s", worker_id, self._address(host))
+                await model.engine.wait_closed()
+            finally:
+                self.ready = False
+                await server.drain(DRAIN_S)
+
+    async def serve_clients(self, tasks: asyncio.TaskGroup) -> None:
+        """The public API over the own engine; it answers 503 until the model is loaded."""
+        config = self.config
+        host = config.net.advertise_host or config.net.host
+        backend = LocalBackend(self._worker_id(host))
+        app = build_app(backend, config.api, self.metrics)
+        async with contextlib.AsyncExitStack() as stack:
+            # The engine outlives the API, whose shutdown lets running requests end.
+            engine_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
+            await stack.enter_async_context(serve(make_runner(app), self._main_socket))
+            model = await asyncio.to_thread(_load_model, config.engine)
+            await engine_stack.enter_async_context(self._run_engine(model.engine, tasks))
+            tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
+            backend.open(model.card, model.engine, tokenizer)
+            self.ready = True
+            logger.info("worker_ready url=http://%s", self._address(host))
+            await model.engine.wait_closed()
+
+    @asynccontextmanager
+    async def _run_engine(
+        self, engine: Engine, tasks: asyncio.TaskGroup
+    ) -> AsyncIterator[EngineReport]:
+        report = EngineReport(engine, self.metrics)
+        engine.observer = StepMetrics(self.metrics)
+        # Cancelled in here, the process ends without waiting for a step of the warm-up.
+        await engine.start()
+        try:
+            self.operator.add_collector(report.collect)
+            tasks.create_task(report.log_status())
+            yield report
+        finally:
+            await engine.stop()
+
+    def _address(self, host: str) -> str:
+        return join_host_port(host, bound_port(self._main_socket))
+
+    def _worker_id(self, host: str) -> WorkerId:
+        worker_id = self.config.worker_id or self._address(host)
+        if not worker_id.isprintable() or "/" in worker_id or " " in worker_id:
+            raise ConfigError(f"--worker_id={worker_id}: expected a name without '/' and spaces")
+        return WorkerId(worker_id)
+
+    def _info(self, worker_id: WorkerId, epoch: Epoch, host: str, model: LoadedModel) -> WorkerInfo:
+        runner = model.runner
+        return WorkerInfo(
+            worker_id=worker_id,
+            epoch=epoch,
+            address=self._address(host),
+            operator_address=join_host_port(host, bound_port(self._operator_socket)),
+            model=model.card,
+            fingerprint=runner.fingerprint,
+            block_size=runner.block_size,
+            kv_dtype=runner.kv_dtype,
+            device_blocks=runner.num_blocks,
+            block_bytes=runner.block_bytes,
+            started_at=float(model.card.created),
+        )

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.trace import CONVERSATION
+
 from simulation.cluster import Cluster
 from simulation.policies import ROUTINGS
 from simulation.summary import Summary
-from simulation.trace import Arrival, pooled_reuse, read_trace
+from simulation.trace import Arrival, pooled_reuse, read_arrivals
 from simulation.worker import RATES_FILE, Rates, read_rates
 
-TRACE_FILE = Path(__file__).parents[1] / "benchmarks" / "data" / "mooncake_conversation.jsonl.gz"
 TIERS = {"device": (("device", 1),), "all": (("device", 1), ("host", 2), ("disk", 4))}
 """Each tier's blocks, in those of the device."""
 
@@ -39,7 +40,7 @@ HEADER = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trace", type=Path, default=TRACE_FILE)
+    parser.add_argument("--trace", type=Path, default=CONVERSATION)
     parser.add_argument("--rates", type=Path, default=RATES_FILE)
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS))
@@ -52,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     rates = read_rates(options.rates)
-    arrivals = read_trace(options.trace, rates.block_size, options.speedup)[: options.requests]
+    arrivals = read_arrivals(options.trace, rates.block_size, options.speedup)[: options.requests]
     print(f"rates: {rates.source}\n")
     figures: list[dict[str, object]] = []
     for num_workers in options.workers:

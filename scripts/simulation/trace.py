@@ -1,16 +1,16 @@
-"""The conversation trace of Mooncake (Qin et al., FAST'25), as blocks."""
+"""The conversation trace of Mooncake (Qin et al., FAST'25), as blocks of the simulated size."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HASH_ID_TOKENS = 512
-"""A hash id of the trace names so many tokens, and all before them."""
+from benchmarks.trace import read_trace
+
+NAMED_TOKENS = 512
+"""A name in the trace stands for so many tokens, and all before them."""
 
 _MASK = (1 << 64) - 1
 
@@ -25,24 +25,20 @@ class Arrival:
     """Of the full blocks of the prompt, as in the index."""
 
 
-def read_trace(path: Path, block_size: int, speedup: float = 1.0) -> list[Arrival]:
-    """`path` may be compressed with gzip."""
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        raw = gzip.decompress(raw)
-    requests = [json.loads(line) for line in raw.splitlines()]
-    per_id = HASH_ID_TOKENS // block_size
+def read_arrivals(path: Path, block_size: int, speedup: float = 1.0) -> list[Arrival]:
+    """A trace in Mooncake's format, cut into blocks of `block_size` tokens."""
+    per_name = NAMED_TOKENS // block_size
     arrivals = []
-    for number, request in enumerate(requests):
-        num_blocks = request["input_length"] // block_size
-        names = [i * per_id + k for i in request["hash_ids"] for k in range(per_id)][:num_blocks]
+    for number, request in enumerate(read_trace(path)):
+        numbers = [int.from_bytes(name, "little") * per_name for name in request.blocks]
+        blocks = [first + i for first in numbers for i in range(per_name)]
         arrivals.append(
             Arrival(
                 number,
-                request["timestamp"] / 1e3 / speedup,
-                request["input_length"],
-                request["output_length"],
-                tuple(map(_scatter, names)),
+                request.time_s / speedup,
+                request.input_length,
+                request.output_length,
+                tuple(map(_scatter, blocks[: request.input_length // block_size])),
             )
         )
     return arrivals

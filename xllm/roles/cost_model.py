@@ -25,11 +25,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from hashlib import blake2b
+from typing import NamedTuple, TypeAlias
 
 from xllm.cache.event_codec import TierCode
 from xllm.cache.index import TierCounts
-from xllm.protocol import PrefillCost, WorkerLoad
+from xllm.protocol import PrefillCost, WorkerId, WorkerLoad
 
 MAX_STEP_S = 0.08
 """Of a step with decodes in it: the chunk of a prompt gets what they leave."""
@@ -50,6 +51,8 @@ PEER = "peer"
 
 _TIERS = [tier.name.lower() for tier in TierCode]
 _MAX_UNACKNOWLEDGED = 4096
+_SCATTER = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
 
 
 def prefill_s(cost: PrefillCost, start: int, num_tokens: int) -> float:
@@ -75,8 +78,21 @@ class Parts(NamedTuple):
     @property
     def cost_s(self) -> float:
         """What is minimised: the request's own time, and what it takes from others."""
-        others_s = WAITING_FACTOR * self.computing_s + (1 + WAITING_FACTOR) * self.displacing_s
-        return self.ttft_s + others_s
+        return cost_s(self)
+
+
+RawParts: TypeAlias = tuple[float, float, float, float, float, int]
+"""The fields of `Parts`: a route makes them for every worker, and a NamedTuple costs five times as
+much."""
+
+
+def cost_s(parts: RawParts) -> float:
+    """`Parts.cost_s`."""
+    backlog_s, loading_s, fetching_s, computing_s, displacing_s, _ = parts
+    loading_s += fetching_s
+    return (backlog_s if backlog_s > loading_s else loading_s) + (1.0 + WAITING_FACTOR) * (
+        computing_s + displacing_s
+    )
 
 
 class WorkerView:
@@ -91,13 +107,16 @@ class WorkerView:
         "_sent",
         "cost",
         "displace_block_s",
+        "key",
         "load",
         "load_block_s",
         "peer_block_s",
         "slowdown",
     )
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, worker_id: WorkerId, now: float) -> None:
+        digest = blake2b(worker_id.encode(), digest_size=8).digest()
+        self.key = int.from_bytes(digest, "little")
         self.load: WorkerLoad | None = None
         self.cost = DEFAULT_COST
         self.slowdown = 1.0
@@ -133,6 +152,10 @@ class WorkerView:
         self._backlog_s = queue_s + sum(self._sent)
         self._at = now
 
+    def rank(self, block: int) -> int:
+        """Where this worker stands in the order that all masters give workers for a block."""
+        return ((block ^ self.key) * _SCATTER & _MASK) >> 16
+
     def dispatch(self, computing_s: float, now: float) -> None:
         self._backlog_s = self.backlog_s(now) + computing_s
         self._at = now
@@ -149,34 +172,38 @@ class WorkerView:
         block_size: int,
         num_tokens: int,
         now: float,
-    ) -> Parts:
-        """`longest`: the longest prefix that any worker holds."""
+    ) -> RawParts:
+        """The fields of `Parts`. `longest`: the longest prefix that any worker holds."""
         device, host, disk, remote = prefix
         num_held = device + host + disk + remote
-        _, host_s, disk_s, remote_s = self.load_block_s
-        loading_s = host * host_s + disk * disk_s + remote * remote_s
-        start = min(num_held * block_size, num_tokens - 1)
-        computing_s = prefill_s(self.cost, start, num_tokens - start) * self.slowdown
+        loading_s = 0.0
+        if num_held > device:
+            _, host_s, disk_s, remote_s = self.load_block_s
+            loading_s = host * host_s + disk * disk_s + remote * remote_s
+        computing_s = self._computing_s(num_held * block_size, num_tokens)
         fetching_s = 0.0
-        num_fetched = longest - num_held
-        if num_fetched and self.peer_block_s < math.inf:
-            fetching_s = num_fetched * self.peer_block_s
-            start = min(longest * block_size, num_tokens - 1)
-            shorter_s = prefill_s(self.cost, start, num_tokens - start) * self.slowdown
-            if fetching_s + shorter_s < computing_s:
-                computing_s = shorter_s
-            else:
-                fetching_s, num_fetched = 0.0, 0
-        else:
-            num_fetched = 0
-        return Parts(
-            self.backlog_s(now),
+        num_fetched = 0
+        if longest > num_held and self.peer_block_s < math.inf:
+            shorter_s = self._computing_s(longest * block_size, num_tokens)
+            to_fetch_s = (longest - num_held) * self.peer_block_s
+            if to_fetch_s + shorter_s < computing_s:
+                computing_s, fetching_s = shorter_s, to_fetch_s
+                num_fetched = longest - num_held
+        backlog_s = self._backlog_s - (now - self._at)
+        return (
+            backlog_s if backlog_s > 0.0 else 0.0,
             loading_s,
             fetching_s,
             computing_s,
             (num_blocks - device) * self.displace_block_s,
             num_fetched,
         )
+
+    def _computing_s(self, start: int, num_tokens: int) -> float:
+        """At least the last token is computed, whatever is held."""
+        if start >= num_tokens:
+            start = num_tokens - 1
+        return prefill_s(self.cost, start, num_tokens - start) * self.slowdown
 
     def _displace_block_s(
         self, load: WorkerLoad, compute_block_s: float, reuse: ReuseMeter

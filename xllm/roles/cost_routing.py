@@ -21,13 +21,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from xllm.cache.block_pool import BlockEventKind
 from xllm.cache.event_codec import EventBatch, Section, TierCode
 from xllm.cache.index import CacheIndex, TierCounts
 from xllm.protocol import WorkerId, WorkerLoad
-from xllm.roles.cost_model import DEFAULT_COST, Parts, ReuseMeter, WorkerView
+from xllm.roles.cost_model import DEFAULT_COST, Parts, RawParts, ReuseMeter, WorkerView, cost_s
 from xllm.roles.global_scheduler import Candidate
 
 CREDIT_S = 2.0
@@ -111,9 +110,10 @@ class CostRouting:
 
     def explain(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Estimate]:
         """All estimates, the one that `route` would give first; changes nothing."""
+        self._credits.drop_expired(self._clock())
         best, held, all_parts = self._choose(prompt, candidates)
         rest = [
-            Estimate(candidate.worker_id, held.get(candidate.worker_id, _NO_BLOCKS), parts)
+            Estimate(candidate.worker_id, held.get(candidate.worker_id, _NO_BLOCKS), Parts(*parts))
             for candidate, parts in zip(candidates, all_parts, strict=True)
             if candidate.worker_id != best.worker_id
         ]
@@ -122,6 +122,8 @@ class CostRouting:
     def dispatched(self, prompt: Prompt, estimate: Estimate) -> None:
         """The request was sent to the estimate's worker."""
         now = self._clock()
+        # Here rather than in `route`, where somebody waits for the answer.
+        self._credits.drop_expired(now)
         self._view(estimate.worker_id).dispatch(estimate.parts.computing_s, now)
         self._dispatches[prompt.request_id] = (estimate, now)
         self._credits.add(prompt.request_id, estimate.worker_id, prompt.hashes)
@@ -144,56 +146,53 @@ class CostRouting:
     def _view(self, worker: WorkerId) -> WorkerView:
         view = self._views.get(worker)
         if view is None:
-            view = self._views[worker] = WorkerView(self._clock())
+            view = self._views[worker] = WorkerView(worker, self._clock())
             view.cost = self._average
         return view
 
     def _choose(
         self, prompt: Prompt, candidates: Sequence[Candidate]
-    ) -> tuple[Estimate, dict[WorkerId, TierCounts], list[Parts]]:
+    ) -> tuple[Estimate, dict[WorkerId, TierCounts], list[RawParts]]:
+        """The best one, what everybody holds, and the parts of all candidates, for `explain`."""
         now = self._clock()
-        hashes = prompt.hashes
-        held = self._held(hashes, now)
-        holders = {c.worker_id for c in candidates} & held.keys()
-        longest = max((sum(held[worker]) for worker in holders), default=0)
+        hashes, num_tokens, block_size = prompt.hashes, prompt.num_tokens, self._block_size
+        num_blocks = len(hashes)
+        held = self._held(hashes)
+        views = [self._views.get(c.worker_id) or self._view(c.worker_id) for c in candidates]
+        prefixes = [held.get(c.worker_id, _NO_BLOCKS) for c in candidates]
+        longest = max(map(sum, prefixes)) if held else 0
         all_parts = [
-            self._view(candidate.worker_id).parts(
-                held.get(candidate.worker_id, _NO_BLOCKS),
-                longest,
-                len(hashes),
-                self._block_size,
-                prompt.num_tokens,
-                now,
-            )
-            for candidate in candidates
+            view.parts(prefix, longest, num_blocks, block_size, num_tokens, now)
+            for view, prefix in zip(views, prefixes, strict=True)
         ]
-        costs = [parts.cost_s for parts in all_parts]
-        least = min(costs) + TIE_S
-        ties = [i for i, cost in enumerate(costs) if cost <= least]
+        costs = list(map(cost_s, all_parts))
+        limit = min(costs) + TIE_S
+        ties = [i for i, cost in enumerate(costs) if cost <= limit]
         best = ties[0]
         if len(ties) > 1:
-            best = max(ties, key=lambda i: _tie_break(hashes, candidates[i].worker_id, held))
-        worker, parts = candidates[best].worker_id, all_parts[best]
+            best = max(ties, key=lambda i: (views[i].rank(_lacking(hashes, prefixes[i])), i))
+        parts = Parts(*all_parts[best])
         fetch = None
         if parts.num_fetched:
-            peers = [peer for peer in holders if sum(held[peer]) == longest]
-            peer = min(peers, key=lambda peer: (self._view(peer).backlog_s(now), peer))
-            fetch = Fetch(peer, longest - parts.num_fetched, parts.num_fetched)
-        estimate = Estimate(worker, held.get(worker, _NO_BLOCKS), parts, fetch)
+            holders = [i for i, prefix in enumerate(prefixes) if sum(prefix) == longest]
+            peer = min(holders, key=lambda i: (views[i].backlog_s(now), i))
+            first = longest - parts.num_fetched
+            fetch = Fetch(candidates[peer].worker_id, first, parts.num_fetched)
+        estimate = Estimate(candidates[best].worker_id, prefixes[best], parts, fetch)
         return estimate, held, all_parts
 
-    def _held(self, hashes: Sequence[int], now: float) -> dict[WorkerId, TierCounts]:
+    def _held(self, hashes: Sequence[int]) -> dict[WorkerId, TierCounts]:
         held = self._index.match(hashes)
-        for worker, counts in self._credits.match(hashes, now).items():
+        for worker, counts in self._credits.match(hashes).items():
             if worker not in held or sum(counts) > sum(held[worker]):
                 held[worker] = counts
         return held
 
 
-def _tie_break(hashes: Sequence[int], worker: WorkerId, held: dict[WorkerId, TierCounts]) -> bytes:
-    num_held = sum(held.get(worker, _NO_BLOCKS))
-    block = hashes[num_held] if num_held < len(hashes) else 0
-    return blake2b(block.to_bytes(8, "little") + worker.encode(), digest_size=8).digest()
+def _lacking(hashes: Sequence[int], prefix: TierCounts) -> int:
+    """The first block of a prompt beyond what a worker holds."""
+    num_held = sum(prefix)
+    return hashes[num_held] if num_held < len(hashes) else 0
 
 
 class _Credits:
@@ -219,9 +218,11 @@ class _Credits:
     def expire(self, request_id: str, at: float) -> None:
         heapq.heappush(self._expiries, (at, request_id))
 
-    def match(self, hashes: Sequence[int], now: float) -> dict[WorkerId, TierCounts]:
+    def drop_expired(self, now: float) -> None:
         while self._expiries and self._expiries[0][0] <= now:
             self._drop(heapq.heappop(self._expiries)[1])
+
+    def match(self, hashes: Sequence[int]) -> dict[WorkerId, TierCounts]:
         return self._index.match(hashes)
 
     def _drop(self, request_id: str) -> None:

@@ -4,8 +4,9 @@
 `--blocks` blocks; `apply_growing` while it fills from empty; `decode` adds the decoding. `match`:
 one prompt of 64 blocks against 32 workers that each hold a prefix of another length; in
 `match_equal` all hold all of it, in `match_tiers` the rest of each prefix is on disk. `memory` is
-what the process grew by, divided by the blocks. The machine may be shared: rates are per second of
-CPU time, latencies the least of many.
+what the process grew by, divided by the blocks. `visible`: from a commit on one of 8 workers to the
+index of a master, over etcd; see `index_visible.py`. The machine may be shared: rates are per
+second of CPU time, and of the latencies of `match` the least counts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.index_visible import measure_visible
 from benchmarks.report import Row, at_least, limited, plain
 from xllm.cache.block_pool import BlockEventKind
 from xllm.cache.event_codec import EventBatch, Section, TierCode, decode_delta, encode_delta
@@ -36,6 +38,7 @@ _MATCH_WORKERS = 32
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, default=1_000_000, help="in the index")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of `visible`")
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -44,6 +47,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         *_measure_apply(options.blocks, options.rounds),
         *_measure_match(options.rounds),
         limited("memory", bytes_per_block, "bytes/block", 250.0),
+        *measure_visible(options.seconds),
     ]
 
 

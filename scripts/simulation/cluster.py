@@ -17,7 +17,7 @@ from simulation.summary import Summary
 from simulation.trace import Arrival
 from simulation.worker import Rates, Running, SimulatedWorker
 from xllm.cache.index import CacheIndex
-from xllm.cache.upload_budget import Share
+from xllm.cache.upload_budget import LOAD_REPORT_BYTES, even_share
 from xllm.cache.upload_plan import UploadPlan
 from xllm.coordination import PUT, Change, Keys, KeyValue
 from xllm.protocol import Epoch, WorkerId
@@ -31,7 +31,6 @@ ETCD_S = 0.002
 
 MAX_PUTS_PER_S = 1000.0
 MAX_BYTES_PER_S = 10e6
-LOAD_BYTES = 400
 
 _KEYS = Keys("simulation")
 
@@ -55,11 +54,7 @@ class Cluster:
         self._index = CacheIndex()
         self._view = IndexView(_KEYS, self._index)
         self._routing = make_routing(self._index, rates.block_size, lambda: self.now)
-        load_puts = num_workers / REPORT_S
-        share = Share(
-            max(0.1, (MAX_PUTS_PER_S - load_puts) / num_workers),
-            (MAX_BYTES_PER_S - load_puts * LOAD_BYTES) / num_workers,
-        )
+        share = even_share(MAX_PUTS_PER_S, MAX_BYTES_PER_S, num_workers, REPORT_S)
         self._plans = {i: UploadPlan(share, random.Random(n)) for n, i in enumerate(ids)}
         self._upload_at: dict[WorkerId, float] = {}
         self._reporting: set[WorkerId] = set()
@@ -82,7 +77,11 @@ class Cluster:
             action(*arguments)
         load_puts = len(self.workers) / REPORT_S
         self.summary.finish(
-            self._index, load_puts, load_puts * LOAD_BYTES, self._apply_s, self._routing.errors
+            self._index,
+            load_puts,
+            load_puts * LOAD_REPORT_BYTES,
+            self._apply_s,
+            self._routing.errors,
         )
         return self.summary
 

@@ -162,10 +162,14 @@ class CacheIndex:
             alive &= workers
             following = fastest & alive
             changes = present ^ following
-            while changes:
-                bit = changes & -changes
-                changes ^= bit
-                counts[bit.bit_length() - 1] += position if present & bit else -position
+            if changes and not changes & (changes - 1):  # one bit: the usual case
+                number = changes.bit_length() - 1
+                counts[number] += position if present & changes else -position
+            else:
+                for number in _bit_numbers(present & changes):
+                    counts[number] += position
+                for number in _bit_numbers(following & changes):
+                    counts[number] -= position
             present = following
             if not present:
                 break

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 BURST_S = 5.0
 """Of its share that a worker may save up."""
 
+LOAD_REPORT_BYTES = 512
+MIN_PUTS_PER_S = 0.1
+MIN_BYTES_PER_S = 1024.0
+"""For clusters so large that load reports alone use up the budget."""
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -66,3 +71,14 @@ class Bucket:
     @staticmethod
     def _capacity(per_s: float) -> float:
         return max(1.0, per_s * BURST_S)
+
+
+def even_share(
+    puts_per_s: float, bytes_per_s: float, num_workers: int, report_s: float = 1.0
+) -> Share:
+    """Each worker's part of a cluster's budget, after a load report of each every `report_s`."""
+    reports_per_s = num_workers / report_s
+    return Share(
+        max(MIN_PUTS_PER_S, (puts_per_s - reports_per_s) / num_workers),
+        max(MIN_BYTES_PER_S, (bytes_per_s - reports_per_s * LOAD_REPORT_BYTES) / num_workers),
+    )

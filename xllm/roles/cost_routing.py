@@ -10,7 +10,7 @@ of its own: a backlog is in the unit of the compute that a prefix saves. Rules:
     agree (Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998). What is
     hashed is the first block that the worker lacks: prompts that share only a system prompt spread
     over the cluster, prompts that share more meet.
- 4. A worker that has measured nothing is taken for an average one, and one that publishes no events
+ 4. A worker that has measured nothing is taken for one like the others, and one without events
     for one that holds nothing.
 
 Not here: which workers may be asked (`registry.py`), what etcd says (`index_view.py`).

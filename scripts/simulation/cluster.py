@@ -51,9 +51,9 @@ class Cluster:
         ids = [WorkerId(f"10.0.{i // 256}.{i % 256}:18889") for i in range(num_workers)]
         self.workers = {i: SimulatedWorker(i, rates, tiers) for i in ids}
         self._epochs = {worker_id: Epoch(number + 1) for number, worker_id in enumerate(ids)}
-        self._index = CacheIndex()
-        self._view = IndexView(_KEYS, self._index)
-        self._routing = make_routing(self._index, rates.block_size, lambda: self.now)
+        self.index = CacheIndex()
+        self._view = IndexView(_KEYS, self.index)
+        self._routing = make_routing(self.index, rates.block_size, lambda: self.now)
         share = even_share(MAX_PUTS_PER_S, MAX_BYTES_PER_S, num_workers, REPORT_S)
         self._plans = {i: UploadPlan(share, random.Random(n)) for n, i in enumerate(ids)}
         self._upload_at: dict[WorkerId, float] = {}
@@ -77,7 +77,7 @@ class Cluster:
             action(*arguments)
         load_puts = len(self.workers) / REPORT_S
         self.summary.finish(
-            self._index,
+            self.index,
             load_puts,
             load_puts * LOAD_REPORT_BYTES,
             self._apply_s,

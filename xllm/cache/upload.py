@@ -17,7 +17,7 @@ from xllm.cache.block_pool import BlockEvent
 from xllm.cache.event_codec import TierCode
 from xllm.cache.upload_budget import Share
 from xllm.cache.upload_plan import Failure, UploadPlan, UploadStatistics, Write
-from xllm.coordination import DeleteRange, EtcdNoSpace, Keys, Put, Session
+from xllm.coordination import DeleteRange, EtcdNoSpace, EtcdRefused, Keys, Put, Session
 from xllm.coordination.records import Op
 from xllm.errors import EtcdUnavailable
 from xllm.protocol import Epoch, WorkerId
@@ -94,7 +94,7 @@ class IndexUploader:
             is_ours = await self._session.fenced_txn(ops, epoch=epoch)
         except EtcdNoSpace:
             self._fail(Failure.NO_SPACE, "etcd is full: compact and defragment it")
-        except EtcdUnavailable as error:
+        except (EtcdUnavailable, EtcdRefused) as error:
             self._fail(Failure.UNAVAILABLE, str(error))
         else:
             if self._trouble is not None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import aclosing
 
-from xllm.coordination import EtcdClient, Keys, watch_prefix
+from xllm.coordination import EtcdClient, EtcdRefused, Keys, watch_prefix
 from xllm.errors import EtcdUnavailable
 from xllm.roles.index_view import IndexView, WorkerSnapshot
 
@@ -72,7 +72,7 @@ class IndexReader:
             for worker_id, epoch in self._view.missing():
                 try:
                     snapshot = await self._client.range(self._keys.cache_of(worker_id, epoch))
-                except EtcdUnavailable as error:
+                except (EtcdUnavailable, EtcdRefused) as error:
                     logger.info("index_resync_waits worker_id=%s error=%s", worker_id, error)
                     self._gap.set()
                     continue

@@ -36,7 +36,14 @@ from xllm.engine.sampler import SampledTokens
 from xllm.engine.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, StepPlan
 from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
-from xllm.errors import EngineFault, InvalidRequest, NoWorker, Overloaded, RequestError
+from xllm.errors import (
+    EngineFault,
+    InvalidRequest,
+    NoWorker,
+    Overloaded,
+    RequestError,
+    WorkerLost,
+)
 from xllm.protocol import GenerateRequest, SamplingParams, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -204,7 +211,7 @@ class Engine:
             listener = handle.listener
             handle.end()
             if listener is not None:
-                listener(EngineFault("the engine has stopped"))
+                listener(WorkerLost("the engine has stopped"))
         for future in (self._started, self._closed):
             if future is not None and not future.done():
                 if error is None:

@@ -59,6 +59,7 @@ class WorkerStream:
         on_change: Callable[[], None] = lambda: None,
         limits: StreamLimits | None = None,
         rng: random.Random | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.info = info
         self.state = StreamState.CONNECTING
@@ -72,6 +73,7 @@ class WorkerStream:
         self.queue = QueueMeter()
         self.master_id = master_id
         self.on_change = on_change
+        self.on_lost = on_lost
         self.limits = limits or StreamLimits()
         self.rng = rng or random.Random()
         self._connection: WorkerConnection | None = None
@@ -156,8 +158,8 @@ class WorkerStream:
                 connection.abort("this master stops")
             if connection.close_reason != last_reason:
                 last_reason = connection.close_reason
-                logger.info(
-                    "worker_not_connected worker_id=%s address=%s reason=%r",
+                logger.warning(
+                    "worker_unreachable worker_id=%s address=%s reason=%r",
                     self.worker_id,
                     self.info.address,
                     last_reason,
@@ -200,6 +202,7 @@ class WorkerStream:
         )
         for opened in lost:
             self._forget(opened)
+        self.on_lost()
         self._change_state(StreamState.CONNECTING)
         for opened in lost:
             opened.listener(error)

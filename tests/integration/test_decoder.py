@@ -14,6 +14,7 @@ from tests.golden.fixtures import CLOSE_CALL, NUM_TINY_TOKENS, load_fixture
 from tests.golden.harness import Lane, generate, make_batch, make_lanes, prompt_logits
 from tests.golden.tiny_models import TINY_MODELS, TinyModel, prompt_ids, write_model
 from xllm.config import EngineConfig
+from xllm.engine.kernels import select
 from xllm.engine.model_config import load_config
 from xllm.engine.rope import build_cos_sin
 from xllm.engine.runner import Runner
@@ -24,6 +25,13 @@ CHUNK = 24
 def make_runner(folder: Path, **fields: Any) -> Runner:
     defaults = {"dtype": "float32", "device": "cpu", "block_size": 16, "max_cache_size": 16 << 20}
     return Runner(EngineConfig(**(defaults | fields)), folder)
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs on both; "torch" is what a machine without a compiler gets."""
+    if request.param == "torch":
+        monkeypatch.setattr(select, "_native_pool", lambda num_threads: None)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -48,6 +56,7 @@ def test_prompts_and_continuations_are_the_oracles(name: str, tmp_path: Path) ->
     assert generate(runner, lanes, NUM_TINY_TOKENS, chunk=CHUNK) == expected_ids
 
 
+@pytest.mark.parametrize("decoder", ["native"], indirect=True)
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_rotary_tables_are_the_oracles(name: str, tmp_path: Path) -> None:
     golden = torch.tensor(load_fixture(f"tiny_{name}")["cos_sin_at_0_1_63_200_511"])
@@ -148,6 +157,7 @@ class DirectModel:
         return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=1)
 
 
+@pytest.mark.parametrize("decoder", ["native"], indirect=True)
 def test_a_prompt_of_131072_tokens(tmp_path: Path) -> None:
     """One layer, so K and V depend on their own token alone, and the logits at a few positions
     can be had directly, in float64."""

@@ -165,12 +165,13 @@ def test_row_operations(
     assert_close(kernels.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5))
     heads = randn(rows, 5, width)[:, 1:3]
     assert_close(kernels.rms_norm(heads, weight, 1e-5), REFERENCE.rms_norm(heads, weight, 1e-5))
-    for actual, expected in zip(
-        kernels.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5),
-        REFERENCE.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5),
-        strict=True,
-    ):
-        assert_close(actual, expected)
+    for total in (residual, residual.float()):
+        for actual, expected in zip(
+            kernels.add_rms_norm(x.clone(), total.clone(), weight, 1e-5),
+            REFERENCE.add_rms_norm(x.clone(), total.clone(), weight, 1e-5),
+            strict=True,
+        ):
+            assert_close(actual, expected)
     assert_close(kernels.silu_mul(x), REFERENCE.silu_mul(x))
 
 

@@ -5,8 +5,8 @@
                 y = norm(x);  x += down(silu(gate(y)) * up(y))
     hidden = norm(x)[logits_indices];  logits = lm_head(hidden)
 
-The addition of one half-layer is fused with the norm of the next, so `residual` runs one step
-behind `x`.
+The addition of one half-layer is fused with the norm of the next, so the float32 sum `residual`
+runs one step behind `x`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class ComposedDecoder:
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         kernels, eps = self._kernels, self._config.rms_norm_eps
-        residual = self._embedding[batch.input_ids]
-        x = kernels.rms_norm(residual, self._layers[0].input_norm, eps)
+        x = self._embedding[batch.input_ids]
+        residual = x.float()
+        x = kernels.rms_norm(x, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
             if index > 0:
                 x, residual = kernels.add_rms_norm(x, residual, layer.input_norm, eps)

@@ -47,7 +47,8 @@ class Kernels(Protocol):
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(x + residual), x + residual)."""
+        """(rms_norm(x + residual) in x's dtype, x + residual in the residual's, which is the same
+        or float32: a sum over all layers that is rounded only once)."""
         ...
 
     def rope_and_write(

@@ -38,7 +38,7 @@ class ReferenceKernels:
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = x + residual
-        return self.rms_norm(total, weight, eps), total
+        return self.rms_norm(total, weight, eps).to(x.dtype), total
 
     def rope_and_write(
         self,

@@ -92,7 +92,8 @@ class TorchKernels:
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = x + residual
-        return F.rms_norm(total, weight.shape, weight, eps), total
+        normed = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)
+        return normed.to(x.dtype), total
 
     def rope_and_write(
         self,

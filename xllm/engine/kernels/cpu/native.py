@@ -210,7 +210,8 @@ class PackedLinear:
     def __init__(
         self, pool: Pool, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool = False
     ) -> None:
-        assert weight.stride(1) == 1 and not (gated and weight.shape[0] % 2)
+        assert weight.stride(1) == 1
+        assert not (gated and weight.shape[0] % 2)
         library, (n, k), dtype = pool.library, weight.shape, DTYPES[weight.dtype]
         num_bytes = library.xllm_packed_bytes(n, k, gated, dtype)
         packed = library.xllm_alloc(num_bytes)

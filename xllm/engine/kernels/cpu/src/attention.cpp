@@ -45,22 +45,20 @@ struct Rows {
 template <class T>
 class Fetcher {
  public:
-  Fetcher(const Rows<T>& rows, int64_t d)
-      : rows_(rows), d_(d), lines_per_row_((d * sizeof(T) + 63) / 64) {}
+  Fetcher(const Rows<T>& rows, int64_t d) : rows_(rows), d_(d) {}
 
-  // About `lines` cache lines of keys and as many of values.
-  void step(int64_t lines) {
-    for (; lines > 0 && row_ < rows_.count; lines -= lines_per_row_, ++row_) {
+  void step(int64_t count) {
+    for (const int64_t end = std::min(row_ + count, rows_.count); row_ < end; ++row_) {
       for (int64_t i = 0; i < d_; i += 64 / sizeof(T)) {
-        __builtin_prefetch(rows_.keys[row_] + i);
-        __builtin_prefetch(rows_.values[row_] + i);
+        __builtin_prefetch(rows_.keys[row_] + i, 0, 2);
+        __builtin_prefetch(rows_.values[row_] + i, 0, 2);
       }
     }
   }
 
  private:
   const Rows<T>& rows_;
-  const int64_t d_, lines_per_row_;
+  const int64_t d_;
   int64_t row_ = 0;
 };
 
@@ -154,7 +152,7 @@ void pack_keys(Work<T>& work, const Rows<T>& rows, Fetcher<T>& fetcher) {
       }
     }
     transpose_rows(cells, work.d_steps, work.k + (first / NR * work.d_steps * NR + first % NR), NR);
-    fetcher.step(VL / 2);
+    fetcher.step(VL / 3);
   }
 }
 
@@ -180,7 +178,7 @@ void pack_values(Work<T>& work, const Rows<T>& rows, Fetcher<T>& fetcher) {
       for (int64_t i = 0; i < whole; i += VL) store(reinterpret_cast<float*>(at(i)), load(row + i));
       for (int64_t i = whole; i < d; ++i) *reinterpret_cast<float*>(at(i)) = to_float(row[i]);
     }
-    if (key % 16 == 0) fetcher.step(12);
+    if (key % 16 == 0) fetcher.step(7);
   }
 }
 
@@ -298,7 +296,7 @@ void attend_chunk(Work<T>& work, const uint32_t* q, int64_t rows, int64_t group,
     for (int64_t panel = 0; panel * NR < keys; ++panel) {
       multiply(q + r0 * Work<T>::kStride, work.k + panel * work.d_steps * NR, work.d_steps,
                work.scores + panel * MR_MAX * NR, false, nullptr, 0);
-      fetcher.step(NR / 4);
+      fetcher.step(NR / 5);
     }
     alignas(64) float m[kLanes] = {}, l[kLanes] = {};
     for (int64_t r = 0; r < m_rows; ++r) {
@@ -368,6 +366,9 @@ AttentionPlan::AttentionPlan(const XllmBatch& batch, const XllmAttention& shape,
         items.push_back({index, chunk, head, end, cost});
     }
   }
+  // Decodes are many and small: neighbours go to one thread, which then knows what comes next.
+  const bool decodes = batch.num_tokens == batch.num_seqs;
+  order = decodes ? Pool::Order::kRanges : Pool::Order::kSequence;
   std::stable_sort(items.begin(), items.end(),
                    [](const Item& a, const Item& b) { return a.cost > b.cost; });
 }
@@ -392,7 +393,8 @@ void attention(Pool& pool, const AttentionPlan& plan, const XllmAttention& shape
   };
 
   const int64_t kv_heads = shape.num_kv_heads;
-  pool.parallel(static_cast<int64_t>(plan.items.size()), [&](Worker& worker) {
+  const int64_t num_items = static_cast<int64_t>(plan.items.size());
+  pool.parallel(num_items, [&](Worker& worker) {
     Work<T> work(worker, d);
     worker.each([&](int64_t index) {
       const AttentionPlan::Item& item = plan.items[index];
@@ -413,16 +415,25 @@ void attention(Pool& pool, const AttentionPlan& plan, const XllmAttention& shape
                        cells + r * Work<T>::kStride);
       }
 
-      // A unit is one head of one chunk; the heads of a chunk lie side by side in memory.
-      auto find = [&](int64_t unit, Rows<T>& found) {
-        found.count = 0;
-        if (unit == chunks * heads) return;
-        const int64_t begin = (first_chunk + unit / heads) * kChunk;
-        find_rows(found, batch, kv, tile.seq, item.head_begin + unit % heads, begin,
-                  std::min(kChunk, tile.visible + tile.tokens - 1 - begin));
+      // A unit is one head of one chunk; the heads of a chunk lie side by side in memory. After
+      // the last unit of this item comes, most likely, the first one of the next.
+      const int64_t units = chunks * heads;
+      auto find = [&](int64_t unit, Rows<T>& rows) {
+        const AttentionPlan::Item* of = &item;
+        if (unit == units) {
+          rows.count = 0;
+          if (index + 1 == num_items) return;
+          of = &plan.items[index + 1];
+          unit = 0;
+        }
+        const AttentionPlan::Tile& from = plan.tiles[of->tile];
+        const int64_t width = of->head_end - of->head_begin;
+        const int64_t begin = (std::max<int64_t>(of->chunk, 0) + unit / width) * kChunk;
+        find_rows(rows, batch, kv, from.seq, of->head_begin + unit % width, begin,
+                  std::min(kChunk, from.visible + from.tokens - 1 - begin));
       };
       find(0, work.rows[0]);
-      for (int64_t unit = 0; unit < chunks * heads; ++unit) {
+      for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t chunk = first_chunk + unit / heads, h = unit % heads;
         const Rows<T>& now = work.rows[unit % 2];
         find(unit + 1, work.rows[(unit + 1) % 2]);
@@ -437,7 +448,7 @@ void attention(Pool& pool, const AttentionPlan& plan, const XllmAttention& shape
       for (int64_t head = item.head_begin; head < item.head_end; ++head)
         write_rows(state_of(head), rows, d, group, out_of(tile, head), out_stride);
     });
-  }, Pool::Order::kSequence);
+  }, plan.order);
 
   if (plan.shared.empty()) return;
   pool.parallel(static_cast<int64_t>(plan.shared.size()) * kv_heads, [&](Worker& worker) {

@@ -49,6 +49,7 @@ struct AttentionPlan {
   std::vector<Item> items;         // most expensive first
   std::vector<int64_t> shared;     // tiles whose chunks are shared out
   int64_t partial_floats = 0;
+  Pool::Order order;
 };
 
 // out [T, H D] = attention of q [T, H D]. Within pool.run().

@@ -29,6 +29,7 @@ class FakeRunner:
         self.max_model_len = 100
         self.model_config = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(0,))
         self.device = torch.device("cpu")
+        self.staging = None
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
@@ -36,6 +37,9 @@ class FakeRunner:
 
     def allocate_cache(self, num_blocks: int) -> None:
         assert num_blocks == self.num_blocks
+
+    def enter_thread(self) -> None:
+        pass
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         assert pairs

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,22 +137,21 @@ def _run_all(commands: list[list[str]]) -> None:
     Raises:
         BuildError: with what the first failing one said.
     """
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    try:
-        for process in processes:
-            _, stderr = process.communicate(timeout=_COMPILE_TIMEOUT_S)
-            if process.returncode:
-                raise BuildError(f"the compiler failed: {stderr.strip()[-2000:]}")
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"the compiler took more than {_COMPILE_TIMEOUT_S} s") from error
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+    with ExitStack() as stack:
+        processes = []
+        for command in commands:
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            processes.append(stack.enter_context(process))  # its exit waits for the process
+            stack.callback(process.kill)
+        try:
+            for process in processes:
+                _, stderr = process.communicate(timeout=_COMPILE_TIMEOUT_S)
+                if process.returncode:
+                    raise BuildError(f"the compiler failed: {stderr.strip()[-2000:]}")
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"the compiler took more than {_COMPILE_TIMEOUT_S} s") from error
 
 
 def _find_compiler() -> str:

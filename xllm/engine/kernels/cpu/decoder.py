@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
 
 import torch
 
@@ -12,16 +11,7 @@ from xllm.engine.kernels.cpu import native
 from xllm.engine.kernels.cpu.native import LayerStruct, ModelStruct, PackedLinear, Pool, StepStruct
 from xllm.engine.model_config import DecoderConfig
 from xllm.engine.rope import build_cos_sin
-from xllm.engine.weights import LayerWeights
-
-
-class WeightSource(Protocol):
-    """What `weights.Checkpoint` offers: tensors of one dtype, float32 or bfloat16."""
-
-    def embedding(self) -> torch.Tensor: ...
-    def lm_head(self) -> torch.Tensor: ...
-    def final_norm(self) -> torch.Tensor: ...
-    def layer(self, index: int) -> LayerWeights: ...
+from xllm.engine.weights import LayerWeights, WeightSource
 
 
 class NativeDecoder:
@@ -38,6 +28,7 @@ class NativeDecoder:
         self._hidden_size = config.hidden_size
         self._vocab_size = config.vocab_size
         self._kept: list[object] = []
+        self._cache_address = 0
         self.weight_bytes = 0
         """Read by a decode step: all but an untied embedding."""
 
@@ -75,6 +66,9 @@ class NativeDecoder:
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         assert kv_cache.dtype == self._dtype
+        if kv_cache.data_ptr() != self._cache_address:
+            self._cache_address = kv_cache.data_ptr()
+            native.advise_huge_pages(kv_cache)
         hidden = torch.empty(batch.logits_indices.shape[0], self._hidden_size, dtype=self._dtype)
         step = StepStruct(
             native.batch_struct(batch),

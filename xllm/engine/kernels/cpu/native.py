@@ -7,8 +7,9 @@ A structure holds addresses only. Whoever fills one keeps the tensors alive whil
 from __future__ import annotations
 
 import ctypes
+import mmap
 import weakref
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -226,6 +227,17 @@ class PackedLinear:
         self.struct = LinearStruct(packed, address(self._bias), n, k, dtype, gated)
 
 
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Asks for huge pages behind a large tensor, best before it is first written. Only speed
+    depends on it, so systems without them are fine."""
+    libc = ctypes.CDLL(None)
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if advice is not None and end > begin:
+        libc.madvise(c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -249,20 +261,3 @@ def kv_layer_struct(kv_layer: torch.Tensor) -> KvLayerStruct:
     block, kv, token, head, element = kv_layer.stride()
     assert element == 1
     return KvLayerStruct(kv_layer.data_ptr(), block, kv, token, head, kv_layer.shape[2])
-
-
-__all__ = [
-    "DTYPES",
-    "MAX_HEAD_DIM",
-    "AttentionStruct",
-    "LayerStruct",
-    "ModelStruct",
-    "PackedLinear",
-    "Pool",
-    "StepStruct",
-    "address",
-    "batch_struct",
-    "byref",
-    "kv_layer_struct",
-    "load_library",
-]

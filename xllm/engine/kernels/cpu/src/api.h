@@ -94,7 +94,7 @@ XLLM_API const char* xllm_isa(void);
 XLLM_API XllmPool* xllm_pool_create(int32_t num_threads);
 XLLM_API void xllm_pool_destroy(XllmPool* pool);
 
-// Memory in huge pages where the system has them, aligned to 2 MiB, zeroed; null when there is none.
+// Zeroed memory, in huge pages where the system has them; null when there is none.
 XLLM_API void* xllm_alloc(int64_t bytes);
 XLLM_API void xllm_free(void* data, int64_t bytes);
 

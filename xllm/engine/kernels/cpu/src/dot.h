@@ -167,6 +167,8 @@ template <class S, int STRIDE>
 using MicroTable = MicroTableImpl<S, STRIDE, 1, 2, 3, 4, 5, 6>;
 #endif
 
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
 // Rows in groups of nearly equal size, none above MR_MAX.
 inline int64_t num_groups(int64_t rows) { return (rows + MR_MAX - 1) / MR_MAX; }
 inline int64_t group_begin(int64_t rows, int64_t groups, int64_t g) { return rows * g / groups; }

@@ -24,8 +24,6 @@ namespace xllm {
 
 namespace {
 
-int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
 template <class T>
 struct Buffers {
   Buffers(Pool& pool, const XllmModel& model, const XllmStep& step, int64_t partial_floats)
@@ -96,11 +94,13 @@ void run_layers(Pool& pool, const XllmModel& model, const XllmStep& step,
     linear<T>(pool, layer.qkv, rows, normed(layer.input_norm),
               {Output::kStore, buffers.qkv, buffers.qkv_stride});
     rope_and_write<T>(pool, shape, step.batch, buffers.qkv, buffers.qkv_stride, kv);
+    const bool is_last = l == model.num_layers - 1;
+    if (is_last && step.num_logits == 0) return;  // K and V were all that was wanted
     attention<T>(pool, plan, shape, step.batch, buffers.qkv, buffers.qkv_stride, kv,
                  buffers.attended, buffers.attended_stride, buffers.partial);
 
     RowSource<T> attended{buffers.attended, nullptr, nullptr, 0, buffers.attended_stride, nullptr};
-    if (l == model.num_layers - 1) {
+    if (is_last) {
       rows = step.num_logits;
       attended.index = step.logits_indices;
       residual = buffers.last_residual;

@@ -16,8 +16,6 @@ constexpr int64_t kFetchAhead = 8 << 10;          // bytes
 template <class S>
 constexpr int kStride = kBlockSteps * S::kCells + 16;  // odd in cache lines: rows spread over sets
 
-int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
 int64_t steps_of(int64_t k, int32_t dtype) { return dtype == XLLM_BF16 ? (k + 1) / 2 : k; }
 
 int64_t num_panels(int64_t n, bool gated) {
@@ -170,6 +168,7 @@ void linear(Pool& pool, const XllmLinear& layer, int64_t rows, const RowSource<T
             const Epilogue& epilogue) {
   if (rows == 0) return;
   using S = typename SchemeOf<T>::type;
+  if (rows == 0) return;
   const int64_t steps = (layer.k + S::kPerStep - 1) / S::kPerStep;
   const int64_t k_blocks = (steps + kBlockSteps - 1) / kBlockSteps;
   const int64_t panels = num_panels(layer.n, layer.gated);

@@ -71,7 +71,7 @@ void Pool::help(int rank) {
   for (;;) {
     uint32_t now;
     for (int i = 0; (now = opened_.load(std::memory_order_acquire)) == seen; ++i) {
-      if (i < kSpins && busy_.load(std::memory_order_relaxed))
+      if (i < kSpins)
         pause();
       else
         opened_.wait(seen, std::memory_order_acquire);

@@ -16,8 +16,8 @@
 // without reading anything, so the operation's description may change while the gate is closed and
 // nobody is inside.
 //
-// Within a forward pass helpers spin for the next operation, for some ten microseconds; a helper
-// that waits longer sleeps on a futex, and all of them do between passes.
+// Helpers spin for the next operation for some ten microseconds, long enough within a forward pass;
+// then they sleep on a futex.
 #pragma once
 
 #include <atomic>
@@ -60,9 +60,7 @@ class Pool {
   template <class F>
   void run(F&& program) {
     const std::lock_guard<std::mutex> lock(one_program_);
-    busy_.store(true, std::memory_order_relaxed);
     program();
-    busy_.store(false, std::memory_order_relaxed);
   }
 
   enum class Order {
@@ -112,7 +110,6 @@ class Pool {
   std::vector<Slot> slots_;
   alignas(64) std::atomic<uint32_t> gate_{0};
   alignas(64) std::atomic<uint32_t> opened_{0};  // operations so far
-  std::atomic<bool> busy_{false};
   std::atomic<bool> stopping_{false};
 
   // The operation.

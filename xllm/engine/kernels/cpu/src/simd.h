@@ -128,8 +128,8 @@ inline void store(bf16* p, vf v) {
 #endif
 }
 
-// 2^t for t <= 127, relative error 1e-7 (1e-4 when `Coarse`: below bf16's own); 2^0 is exactly 1, and
-// what lies under 2^-126 is about 0. Polynomials: least maximum error on [-1/2, 1/2].
+// 2^t for t <= 127, relative error 1e-7 (1e-4 when `Coarse`: below bf16's own). 2^0 is exactly 1,
+// and what lies under 2^-126 is about 0. Polynomials: least maximum error on [-1/2, 1/2].
 template <bool Coarse = false>
 inline vf exp2(vf t) {
   t = max(t, splat(-126.0f));

@@ -22,8 +22,8 @@ class CudaBlocks:
 
     A copy waits for what the engine's stream had been given before it began: a chunk of a prompt
     draws no token, so the engine commits its blocks before the device has written them, and may
-    give up blocks that a step still reads. Whatever the engine launches after a copy was waited for,
-    here, comes after it. At full speed where the host's side is page-locked (see `HostTier`).
+    give up blocks that a step still reads. What the engine launches after a copy was waited
+    for, here, comes after it. At full speed where the host's side is page-locked (see `HostTier`).
     """
 
     def __init__(self, blocks: torch.Tensor) -> None:

@@ -395,15 +395,14 @@ class Engine:
 
     def _warm_up(self) -> None:
         num_blocks, block_size = self.kv_cache.pool.num_blocks, self.kv_cache.block_size
-        plans = warm_up_plans(self._scheduler.limits, num_blocks, block_size)
         # A GPU's kernels are compiled and its graphs captured by their first runs.
-        num_cold = 0 if self._runner.device.type == "cpu" else len(plans)
-        for turn, plan in enumerate(plans * 2 if num_cold else plans):
-            outputs = StepOutputs(plan, (), self.vocab_size)
-            started = time.perf_counter()
-            self._execute(plan, outputs)
-            if turn >= num_cold:
-                self._cost.observe(plan.work, time.perf_counter() - started)
+        for is_cold in (False,) if self._runner.device.type == "cpu" else (True, False):
+            for plan in warm_up_plans(self._scheduler.limits, num_blocks, block_size):
+                outputs = StepOutputs(plan, (), self.vocab_size)
+                started = time.perf_counter()
+                self._execute(plan, outputs)
+                if not is_cold:
+                    self._cost.observe(plan.work, time.perf_counter() - started)
 
 
 def _wake_up() -> None:

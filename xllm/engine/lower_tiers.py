@@ -17,7 +17,7 @@ from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.disk_tier import DiskTier, DiskTierConfig, cache_directory
 from xllm.cache.eviction import EvictionPolicyName
-from xllm.cache.host_tier import HostTier
+from xllm.cache.host_tier import HostMemoryBlocks, HostTier
 from xllm.cache.mover import Mover
 from xllm.cache.slab import OS_IO, VectorIO
 from xllm.cache.slab_format import round_up
@@ -115,8 +115,11 @@ class LowerTiersFactory:
         host, disk = self._make_host(config), self._make_disk(config, root)
         if host is None and disk is None:
             return None
+        device = device_blocks(self._runner.cache)
+        if isinstance(device, HostMemoryBlocks):
+            device.populate()
         return Tiers(
-            device_blocks(self._runner.cache),
+            device,
             Mover(on_ended=on_ended),
             host=host,
             disk=disk,

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import os
 import shutil
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from xllm.cache.slab import SlabFile
 from xllm.cache.slab_format import SlabGeometry, SlotRecord, encode_header
 from xllm.cache.tier import TierName
 from xllm.config import EngineConfig
+from xllm.main import SWITCH_INTERVAL_S
 from xllm.model_store import resolve_model
 from xllm.protocol import BlockHash
 
@@ -49,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[Row]:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as in a worker
     parent = options.directory
     with tempfile.TemporaryDirectory(prefix="xllm-bench-", dir=parent) as directory:
         bench = _Bench(options, Path(directory))

@@ -17,7 +17,7 @@ from random import Random
 
 import pytest
 
-from tests.golden.tiny_models import TINY_MODELS, prompt_ids, write_model
+from tests.golden.tiny_models import TINY_MODELS, TinyModel, prompt_ids, write_model
 from xllm.cache.slab import OS_IO, VectorIO
 from xllm.cache.slab_format import checksum_of
 from xllm.cache.tier import TierName
@@ -281,3 +281,37 @@ async def test_calls_run_on_the_engines_thread_and_their_errors_come_back(
         assert await engine.call(lambda: threading.current_thread().name) == "engine"
         with pytest.raises(ValueError, match="no"):
             await engine.call(fail)
+
+
+@pytest.mark.timeout(300)
+async def test_a_prompt_of_131072_tokens_passes_through_every_tier(tmp_path: Path) -> None:
+    changes = {
+        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 16},
+        **{"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 132_000},
+    }
+    model = TinyModel(TINY_MODELS["llama"].config | changes)
+    folder = write_model(tmp_path / "model", model)
+    block_bytes = 2 * 2 * 32 * 16 * 4
+    config = EngineConfig(
+        **{"device": "cpu", "dtype": "float32", "max_tokens_per_batch": 4096},
+        **{"max_cache_size": 4200 * block_bytes, "host_cache_size": 4200 * block_bytes},
+        **{"disk_cache_dir": str(tmp_path / "disk"), "disk_cache_size": 128 << 20},
+        **{"disk_write_policy": "write_through", "prefetch_timeout": 60_000},
+    )
+    prompt = prompt_ids(131_072, VOCAB)
+    async with running(config, folder) as engine:
+        cold, cached = await generate(engine, prompt)
+        assert sum(cached.values()) == 0
+        await settle(engine)
+        for tier, above in (
+            ("device", ()),
+            ("host", (TierName.DEVICE,)),
+            ("disk", (TierName.DEVICE, TierName.HOST)),
+        ):
+            await clear(engine, *above)
+            tokens, cached = await generate(engine, prompt)
+            assert (tokens, cached[tier]) == (cold, 131_071)
+            await settle(engine)
+    async with running(config, folder) as engine:
+        tokens, cached = await generate(engine, prompt)
+        assert (tokens, cached["disk"]) == (cold, 131_071)

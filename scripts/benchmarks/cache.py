@@ -235,7 +235,7 @@ class Worker:
     def _move(self) -> None:
         """Lets every transfer run to its end."""
         self._tiers.poll()
-        while (transfer := self._mover.take_work(wait=False)) is not None:
+        while (transfer := self._mover.take_work()) is not None:
             self._mover.run(transfer)
             self._tiers.poll()
         self._tiers.take_events()

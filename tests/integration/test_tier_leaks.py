@@ -110,7 +110,7 @@ class TieredSimulation(Simulation):
         self.admin.expire()
         self.step()
         for _ in range(1000 if quiet else self.rng.randrange(4)):
-            transfer = self.mover.take_work(wait=False)
+            transfer = self.mover.take_work()
             if transfer is None:
                 break
             self.mover.run(transfer)

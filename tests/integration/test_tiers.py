@@ -129,7 +129,7 @@ class Rig:
         self.blocks[block_id] = 0
 
     def run_one(self) -> bool:
-        transfer = self.mover.take_work(wait=False)
+        transfer = self.mover.take_work()
         if transfer is not None:
             self.mover.run(transfer)
         return transfer is not None
@@ -272,7 +272,7 @@ def test_a_timed_out_load_keeps_its_blocks_until_the_transfer_has_ended(tmp_path
         rig.compute(i, i)
     rig.settle()
     ticket = rig.load(range(3), [9, 10, 11])
-    transfer = rig.mover.take_work(wait=False)
+    transfer = rig.mover.take_work()
     assert transfer is not None
     assert rig.tiers.next_deadline == 10.0
     rig.now = 10.0
@@ -555,7 +555,7 @@ class TiersMachine(RuleBasedStateMachine):
 
     @rule()
     def begin_transfer(self) -> None:
-        transfer = self.rig.mover.take_work(wait=False)
+        transfer = self.rig.mover.take_work()
         if transfer is not None:
             self.running.append(transfer)
 

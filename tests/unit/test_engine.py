@@ -38,6 +38,9 @@ class FakeRunner:
     def allocate_cache(self, num_blocks: int) -> None:
         assert num_blocks == self.num_blocks
 
+    def enter_thread(self) -> None:
+        pass
+
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         assert pairs
 

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from xllm.cache.admin import CacheAdmin
 from xllm.cache.block_hash import CacheRoot
@@ -110,17 +110,17 @@ class Engine:
         pool = BlockPool(runner.num_blocks, observer=observer)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         runner.allocate_cache(runner.num_blocks)
-        self._tiers = open_tiers(pool, root, lambda: self._commands.put(_wake_up))
+        self.tiers: Final = open_tiers(pool, root, lambda: self._commands.put(_wake_up))
         limits = scheduler_limits(config, runner.max_model_len)
         self.root = root
         self.max_model_len = runner.max_model_len
         self.vocab_size = runner.model_config.vocab_size
         self.kv_cache = KVCache(
-            pool, root, enable_prefix_cache=config.enable_prefix_cache, tiers=self._tiers
+            pool, root, enable_prefix_cache=config.enable_prefix_cache, tiers=self.tiers
         )
         self.cache_admin = CacheAdmin(
             self.kv_cache,
-            self._tiers,
+            self.tiers,
             max_pinned_blocks=runner.num_blocks - self.kv_cache.blocks_for(runner.max_model_len),
         )
         """For functions given to `call`."""
@@ -251,6 +251,7 @@ class Engine:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
+            self._runner.enter_thread()
             self._warm_up()
             self._post(self._set_started)
             has_run = False
@@ -261,9 +262,9 @@ class Engine:
         except BaseException as caught:
             error = caught
             logger.exception("engine_stopped")
-        if self._tiers is not None:
+        if self.tiers is not None:
             self._scheduler.abort_all()
-            self._tiers.close(FLUSH_S)
+            self.tiers.close(FLUSH_S)
         self._post(lambda: self._set_closed(error))
 
     def _take_commands(self, *, may_sleep: bool) -> None:
@@ -381,7 +382,7 @@ class Engine:
 
     def _publish(self) -> None:
         """One callback for all that the step brought, and a new snapshot."""
-        self._statistics = self._counters.snapshot(self._scheduler, self._cost, self._tiers)
+        self._statistics = self._counters.snapshot(self._scheduler, self._cost, self.tiers)
         if self._outbox:
             outbox, self._outbox = self._outbox, []
             self._post(lambda: self._deliver(outbox))

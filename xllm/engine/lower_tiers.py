@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.disk_tier import DiskTier, DiskTierConfig, cache_directory
 from xllm.cache.eviction import EvictionPolicyName
-from xllm.cache.host_tier import DeviceBlocks, HostMemoryBlocks, HostTier
+from xllm.cache.host_tier import HostMemoryBlocks, HostTier
 from xllm.cache.mover import Mover
 from xllm.cache.slab import OS_IO, VectorIO
-from xllm.cache.slab_format import Buffer, round_up
+from xllm.cache.slab_format import round_up
 from xllm.cache.store_transfers import STAGING_BYTES
 from xllm.cache.stores import DiskWritePolicy
 from xllm.cache.tier import TierName
 from xllm.cache.tiers import Tiers
 from xllm.config import EngineConfig
+from xllm.engine.device_blocks import device_blocks
 from xllm.engine.memory import available_memory_bytes
 from xllm.engine.runner import Runner
 from xllm.errors import ConfigError
@@ -116,8 +115,11 @@ class LowerTiersFactory:
         host, disk = self._make_host(config), self._make_disk(config, root)
         if host is None and disk is None:
             return None
+        device = device_blocks(self._runner.cache)
+        if isinstance(device, HostMemoryBlocks):
+            device.populate()
         return Tiers(
-            device_blocks(self._runner),
+            device,
             Mover(on_ended=on_ended),
             host=host,
             disk=disk,
@@ -154,55 +156,6 @@ class LowerTiersFactory:
         )
         observer = self._observers.get(TierName.DISK)
         return DiskTier(disk, clock=time.monotonic, observer=observer, io=self._io)
-
-
-def device_blocks(runner: Runner) -> DeviceBlocks:
-    """The runner's cache as the tiers below see it; it must not be allocated again."""
-    blocks = runner.cache.flatten(1).view(torch.uint8)
-    if runner.device.type == "cuda":
-        return CudaBlocks(blocks)
-    return HostMemoryBlocks(blocks.numpy())
-
-
-class CudaBlocks:
-    """Blocks in the memory of a GPU, copied on a stream of its own for each mover thread.
-
-    A copy comes after whatever the engine's stream had been given before it began: a committed
-    block may still be on its way into memory, and a fresh one may still be read by a step that has
-    not ended.
-    """
-
-    def __init__(self, blocks: torch.Tensor) -> None:
-        """blocks: [N, block_bytes] uint8."""
-        self._blocks = blocks
-        self._computing = torch.cuda.current_stream(blocks.device)
-
-    @property
-    def block_bytes(self) -> int:
-        return self._blocks.shape[1]
-
-    def copy_out(self, block_ids: Sequence[int], targets: Sequence[Buffer]) -> None:
-        pairs = zip(block_ids, targets, strict=True)
-        self._copy([(self._host(target), self._blocks[block_id]) for block_id, target in pairs])
-
-    def copy_in(self, block_ids: Sequence[int], sources: Sequence[Buffer]) -> None:
-        pairs = zip(block_ids, sources, strict=True)
-        self._copy([(self._blocks[block_id], self._host(source)) for block_id, source in pairs])
-
-    def view(self, block_id: int) -> Buffer | None:
-        return None
-
-    def _host(self, buffer: Buffer) -> torch.Tensor:
-        return torch.from_numpy(buffer[: self.block_bytes])
-
-    @torch.inference_mode()
-    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        stream = torch.cuda.Stream(self._blocks.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(self._computing)
-        with torch.cuda.stream(stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-        stream.synchronize()
 
 
 def _gib(num_bytes: int) -> str:

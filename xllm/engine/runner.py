@@ -83,10 +83,13 @@ class Runner:
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Replaces the KV cache by one of `num_blocks` blocks with undefined contents."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # of this thread, for all that follows
         self._cache = self._new_cache(0)  # the old one goes first
         self._cache = self._new_cache(num_blocks)
+
+    def enter_thread(self) -> None:
+        """To be called first on the thread that executes steps."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:

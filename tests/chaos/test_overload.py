@@ -1,4 +1,4 @@
-"""Ten times what a worker can do: some requests are served as before, the others refused at once."""
+"""Ten times what a worker can do: some requests are served as before, others refused at once."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from hashlib import sha256
 from itertools import takewhile
+from typing import Any
 
 import pytest
 
@@ -122,6 +123,10 @@ class FakeTiers:
     def used(self, chain: list[BlockHash]) -> None:
         pass
 
+    def evicted(self, block_hash: BlockHash, block_id: int) -> None:
+        assert self.simulation is not None
+        self.stored[block_hash] = self.simulation.block(block_id)
+
     def cleared(self) -> None:
         pass
 
@@ -133,14 +138,14 @@ class Simulation:
         self,
         num_blocks: int = 64,
         cost: StepCost | None = None,
-        tiers: FakeTiers | None = None,
+        tiers: Any = None,
         **limits: int | bool,
     ) -> None:
         root = CacheRoot(fingerprint="f", kv_dtype="float32", block_size=BLOCK_SIZE)
-        pool = BlockPool(num_blocks, self._evicted)
+        pool = BlockPool(num_blocks)
         self.tiers = tiers
-        self.kv_cache = KVCache(pool, root, tiers=tiers)  # type: ignore[arg-type]
-        if tiers is not None:
+        self.kv_cache = KVCache(pool, root, tiers=tiers)
+        if isinstance(tiers, FakeTiers):
             tiers.simulation = self
         merged = {"max_tokens_per_batch": 32, "max_seqs_per_batch": 8, "max_model_len": 200}
         self.scheduler = Scheduler(
@@ -149,17 +154,26 @@ class Simulation:
             [EOS],
             cost,
         )
-        self.slots: list[tuple[int, ...] | None] = [None] * (num_blocks * BLOCK_SIZE)
+        self.slots: Any = self.make_slots(num_blocks * BLOCK_SIZE)
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.finished: dict[tuple[str, int], FinishReason] = {}
         self.sequences: list[Sequence] = []
+        self.num_submitted = 0
         self.computed_tokens = 0
         self.plans: list[StepPlan] = []
+
+    def make_slots(self, num_slots: int) -> Any:
+        """Memory of that many tokens' KV."""
+        return [None] * num_slots
+
+    def kv(self, tokens: list[int]) -> Any:
+        """What is stored for the last of `tokens`: it depends on all before it."""
+        return tuple(tokens)
 
     def submit(
         self, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0, salt: str = ""
     ) -> str:
-        request_id = f"r{len(self.sequences)}"
+        request_id = f"r{self.num_submitted}"
         request = GenerateRequest(
             request_id=request_id,
             model_id="m",
@@ -169,9 +183,10 @@ class Simulation:
             priority=priority,
             salt=salt,
         )
-        first, *children = [Sequence(request, i, len(self.sequences)) for i in range(n)]
+        first, *children = [Sequence(request, i, self.num_submitted) for i in range(n)]
         first.children = children
         self.sequences += [first, *children]
+        self.num_submitted += n
         self.scheduler.add(first)
         return request_id
 
@@ -208,10 +223,6 @@ class Simulation:
     def block(self, block_id: int) -> list[tuple[int, ...] | None]:
         return self.slots[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE]
 
-    def _evicted(self, block_hash: BlockHash, block_id: int) -> None:
-        if self.tiers is not None:
-            self.tiers.stored[block_hash] = self.block(block_id)
-
     def _slot(self, seq: Sequence, position: int) -> int:
         block_id = seq.block_table[position // BLOCK_SIZE]
         return block_id * BLOCK_SIZE + position % BLOCK_SIZE
@@ -223,11 +234,11 @@ class Simulation:
             if position >= seq.num_written_tokens:
                 block_id = seq.block_table[position // BLOCK_SIZE]
                 assert self.kv_cache.pool.hash_of(block_id) is None, "a named block is written"
-                self.slots[slot] = tuple(seq.token_ids[: position + 1])
+                self.slots[slot] = self.kv(seq.token_ids[: position + 1])
         end = start + num_tokens
         for position in range(end):
             stored = self.slots[self._slot(seq, position)]
-            assert stored == tuple(seq.token_ids[: position + 1]), "somebody else's KV"
+            assert stored == self.kv(seq.token_ids[: position + 1]), "somebody else's KV"
         if num_samples:
             assert end == seq.num_tokens
         return [next_token(seq.token_ids, seq.index + i) for i in range(num_samples)]

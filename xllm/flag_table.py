@@ -17,12 +17,14 @@ from xllm.config import (
     HostConfig,
     LogConfig,
     MasterConfig,
+    RoutingConfig,
     WorkerConfig,
 )
 from xllm.flag_types import (
     ADVERTISED_HOST,
     BOOLEAN,
     ETCD_ADDRESSES,
+    FOLDER,
     HOST,
     MODEL,
     NAME,
@@ -162,6 +164,19 @@ MASTER_CONCERNS: tuple[Concern, ...] = (
                 choice("RR", "LEAST_LOAD"),
                 "How a worker is picked: in turns, or the one with the least to do.",
             ),
+            Flag(
+                RoutingConfig,
+                "max_request_retries",
+                integer("TIMES", 0, 100),
+                "How often a request goes on elsewhere after its worker was lost.",
+            ),
+            Flag(
+                RoutingConfig,
+                "max_queue_time",
+                decimal("SECONDS", 0.1, 86400),
+                "A request that would wait longer on every worker is refused with 429; some 64"
+                " may wait on each in any case.",
+            ),
         ),
     ),
 )
@@ -228,6 +243,54 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
                 "Reuse the blocks of earlier prompts with the same beginning.",
             ),
             Flag(
+                EngineConfig,
+                "host_blocks_factor",
+                decimal("FACTOR", 0, 1000),
+                "Blocks in host memory for each block on the device; 0 is no host tier.",
+                "2 on a GPU, 0 on a CPU, whose device memory is host memory",
+            ),
+            Flag(
+                EngineConfig,
+                "host_cache_size",
+                SIZE,
+                "Host memory for blocks, instead of --host_blocks_factor.",
+            ),
+            Flag(
+                EngineConfig,
+                "disk_cache_dir",
+                FOLDER,
+                "Where blocks outlive the process; one worker a folder.",
+                "none: no disk tier",
+            ),
+            Flag(
+                EngineConfig,
+                "disk_cache_size",
+                SIZE,
+                "Disk space for blocks, taken at once and never exceeded.",
+            ),
+            Flag(
+                EngineConfig,
+                "disk_write_policy",
+                choice("write_through", "write_through_selective", "write_back"),
+                "Which blocks go to disk: all; those used a second time; those that host or"
+                " device are about to evict.",
+            ),
+            Flag(
+                EngineConfig,
+                "eviction_policy",
+                choice("lru", "graded"),
+                "What host and disk evict: the least recently used, or that with a bonus for"
+                " blocks that were used often.",
+            ),
+            Flag(
+                EngineConfig,
+                "prefetch_timeout",
+                integer("MILLISECONDS", 0, 3_600_000),
+                "How long a request waits for blocks from host and disk before it computes what"
+                " has not arrived; 0: no longer than computing all of them would take, and tiers"
+                " slower than computing are not read.",
+            ),
+            Flag(
                 WorkerConfig,
                 "enable_cache_upload",
                 BOOLEAN,
@@ -287,6 +350,13 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
                 "rpc_server_port",
                 _PORT,
                 "Health and metrics, for operators; 0 is any free port.",
+            ),
+            Flag(
+                WorkerConfig,
+                "drain_timeout",
+                decimal("SECONDS", 0, 86400),
+                "What running requests get to end, after SIGTERM or /admin/drain; then they move"
+                " to other workers.",
             ),
             Flag(
                 WorkerConfig,

@@ -172,3 +172,6 @@ def _path(value: str) -> str:
 
 
 MODEL = FlagType("FOLDER|ORG/NAME", _path)
+
+
+FOLDER = FlagType("FOLDER", lambda value: str(Path(_path(value)).expanduser()))

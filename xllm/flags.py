@@ -23,6 +23,7 @@ from xllm.config import (
     HostConfig,
     LogConfig,
     MasterConfig,
+    RoutingConfig,
     WorkerConfig,
 )
 from xllm.errors import ConfigError
@@ -74,7 +75,7 @@ def parse_command_line(argv: Sequence[str]) -> MasterConfig | WorkerConfig | Ans
         "api": build(ApiConfig),
     }
     if role == "master":
-        master: MasterConfig = build(MasterConfig, **shared)
+        master: MasterConfig = build(MasterConfig, **shared, routing=build(RoutingConfig))
         return master
     worker: WorkerConfig = build(WorkerConfig, **shared, engine=build(EngineConfig))
     _check_worker(worker)
@@ -85,6 +86,7 @@ def _check_worker(config: WorkerConfig) -> None:
     if config.enable_disagg_pd:
         raise ConfigError("--enable_disagg_pd=true: not supported yet; leave it false")
     engine = config.engine
+    _check_tiers(engine)
     if engine.max_tokens_per_batch < engine.max_seqs_per_batch:
         raise ConfigError(
             f"--max_tokens_per_batch={engine.max_tokens_per_batch}: must be at least"
@@ -95,6 +97,29 @@ def _check_worker(config: WorkerConfig) -> None:
             "--max_tokens_per_chunk_for_prefill="
             f"{engine.max_tokens_per_chunk_for_prefill}: must be at most"
             f" --max_tokens_per_batch={engine.max_tokens_per_batch}"
+        )
+
+
+def _check_tiers(engine: EngineConfig) -> None:
+    if engine.disk_cache_dir is not None and engine.disk_cache_size == 0:
+        raise ConfigError(
+            f"--disk_cache_dir={engine.disk_cache_dir}: say with --disk_cache_size how much of the"
+            " disk it may take, such as 20GiB"
+        )
+    if engine.disk_cache_size and engine.disk_cache_dir is None:
+        raise ConfigError(
+            f"--disk_cache_size={engine.disk_cache_size}: say with --disk_cache_dir where"
+        )
+    if engine.host_blocks_factor and engine.host_cache_size:
+        raise ConfigError(
+            f"--host_blocks_factor={engine.host_blocks_factor:g} and"
+            f" --host_cache_size={engine.host_cache_size} are two sizes of one tier; give one"
+        )
+    asks_for_tiers = engine.host_blocks_factor or engine.host_cache_size or engine.disk_cache_size
+    if asks_for_tiers and not engine.enable_prefix_cache:
+        raise ConfigError(
+            "--enable_prefix_cache=false: host and disk keep the blocks of the prefix cache; leave"
+            " it on, or the flags of host and disk out"
         )
 
 

@@ -172,6 +172,18 @@ class Watermark(msgspec.Struct, frozen=True, array_like=True):
     ended: int
 
 
+class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
+    """What computing prompt tokens costs a worker, fitted to its own steps.
+
+    `num_tokens` after a context of `start`:
+    step_s + token_s * num_tokens + pair_s * (num_tokens * start + num_tokens**2 / 2) seconds.
+    """
+
+    step_s: float
+    token_s: float
+    pair_s: float
+
+
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's load: the value of `load/{worker_id}`, on its lease, at most once a second."""
 
@@ -185,6 +197,14 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float = 0.0
     """Measured; 0 when nothing was measured yet."""
     decode_step_s: float = 0.0
+    queue_s: float = 0.0
+    """Seconds until a prompt that comes now begins to be computed, by the worker's own costs."""
+    prefill_cost: PrefillCost | None = None
+    """Measured; None when nothing was measured yet."""
+    tier_block_s: dict[str, float] = msgspec.field(default_factory=dict)
+    """Seconds per block brought to the device, measured: by name of the tier, or "peer"."""
+    eviction_age_s: dict[str, float] = msgspec.field(default_factory=dict)
+    """By tier that is full: since the last use of the block that it would evict next."""
     watermarks: dict[str, Watermark] = msgspec.field(default_factory=dict)
     """By `MasterId`."""
 

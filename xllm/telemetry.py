@@ -116,6 +116,7 @@ _LATENCY_BUCKETS_S = (
     *(2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0),
 )
 _LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0)
+_BLOCK_AGE_BUCKETS_S = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
 _TOKEN_BUCKETS = tuple(float(4**exponent) for exponent in range(10))
 
 
@@ -132,6 +133,7 @@ class Metrics:
         self._declare_process(self._registry)
         self._declare_api(self._registry if api else None)
         self._declare_engine(self._registry if engine else None)
+        self._declare_tiers(self._registry if engine else None)
         self._declare_cluster(self._registry if cluster else None)
 
     def render(self) -> bytes:
@@ -259,17 +261,77 @@ class Metrics:
             registry=registry,
         )
 
+    def _declare_tiers(self, registry: CollectorRegistry | None) -> None:
+        """Blocks by tier: device, host, disk."""
+
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(f"xllm_{name}_total", documentation, labels, registry=registry)
+
+        def histogram(name: str, documentation: str) -> Histogram:
+            buckets = _BLOCK_AGE_BUCKETS_S
+            return Histogram(
+                f"xllm_{name}_seconds", documentation, ["tier"], buckets=buckets, registry=registry
+            )
+
+        self.tier_blocks = Gauge(
+            "xllm_tier_blocks", "Blocks that a tier can hold.", ["tier"], registry=registry
+        )
+        self.tier_blocks_used = Gauge(
+            "xllm_tier_blocks_used", "Blocks that it holds.", ["tier"], registry=registry
+        )
+        self.tier_hits = counter("tier_hits", "Prompt tokens that were found there.", "tier")
+        self.tier_promotions = counter(
+            "tier_promotions", "Blocks brought from there to the device.", "tier"
+        )
+        self.tier_demotions = counter("tier_demotions", "Blocks stored there.", "tier")
+        self.tier_evictions = counter("tier_evictions", "Blocks that gave way to others.", "tier")
+        self.tier_transfer_bytes = counter(
+            "tier_transfer_bytes", "Moved, by direction: from_ or to_ and a tier.", "transfer"
+        )
+        self.tier_transfer_seconds = counter(
+            "tier_transfer_seconds", "What moving took, by direction.", "transfer"
+        )
+        self.tier_load_timeouts = counter(
+            "tier_load_timeouts", "Loads that were not waited for to their end."
+        )
+        self.tier_stores_dropped = counter(
+            "tier_stores_dropped", "Blocks not stored below, for want of room or time."
+        )
+        self.tier_checksum_failures = counter(
+            "tier_checksum_failures", "Blocks that came back damaged, and were thrown away."
+        )
+        self.tier_detachments = counter(
+            "tier_detachments", "Times the disk failed and was left alone for a while."
+        )
+        self.kv_block_lifetime_seconds = histogram(
+            "kv_block_lifetime", "Age of evicted blocks: time in their tier."
+        )
+        self.kv_block_idle_before_evict_seconds = histogram(
+            "kv_block_idle_before_evict", "Time since the last use of evicted blocks."
+        )
+        self.kv_block_reuse_gap_seconds = histogram(
+            "kv_block_reuse_gap", "Time between two uses of a block."
+        )
+
     def _declare_cluster(self, registry: CollectorRegistry | None) -> None:
         """Membership and routing."""
         self.workers = Gauge(
-            "xllm_workers", "Known workers, by state.", ["state"], registry=registry
+            "xllm_workers",
+            "Known workers, by state; connecting: registered, but not reached from here.",
+            ["state"],
+            registry=registry,
+        )
+        self.worker_streams_lost = Counter(
+            "xllm_worker_streams_lost_total",
+            "Connections to workers that closed or went silent.",
+            registry=registry,
         )
         self.requests_routed = Counter(
             "xllm_requests_routed_total", "Requests sent to a worker.", registry=registry
         )
         self.requests_resubmitted = Counter(
             "xllm_requests_resubmitted_total",
-            "Requests sent to another worker after theirs was lost.",
+            "Requests sent to another worker after theirs was lost, left or refused them.",
             registry=registry,
         )
         self.etcd_connected = Gauge(

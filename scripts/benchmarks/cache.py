@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.report import Row, at_least, plain
 from benchmarks.trace import CONVERSATION, TracedRequest, read_trace
 from benchmarks.weightless import make_tiers
-from xllm.cache.block_pool import BlockEventKind, BlockPool
+from xllm.cache.block_pool import BlockPool
 from xllm.cache.eviction import EvictionPolicyName, make_eviction_policy
 from xllm.cache.mover import Mover
 from xllm.cache.tier import Lookup, SlotTable, TierName
@@ -194,6 +194,7 @@ class Worker:
         self._pool = BlockPool(num_device)
         self._mover = Mover(0)
         self._tiers: Tiers = make_tiers(self._mover, num_host, num_disk, policy)
+        self._pool.on_evict = self._tiers.evicted
 
     def serve(self, blocks: list[BlockHash]) -> None:
         pool, tiers = self._pool, self._tiers
@@ -208,7 +209,6 @@ class Worker:
         num_new = len(blocks) - len(cached)
         fresh = pool.allocate(num_new)
         assert fresh is not None
-        self._pass_evictions_on()
         num_found = len(cached) + len(lower)
         load = list(zip(blocks[len(cached) : num_found], lower, fresh, strict=False))
         if load:
@@ -232,19 +232,14 @@ class Worker:
         num_moved = sum(table.num_stores + table.num_evictions for table in tables)
         return self._num_served + num_moved + self._pool.statistics().num_evictions
 
-    def _pass_evictions_on(self) -> None:
-        for event in self._pool.take_events():
-            if event.kind is BlockEventKind.REMOVED:
-                assert event.hash is not None
-                self._tiers.evicted(event.hash)
-
     def _move(self) -> None:
         """Lets every transfer run to its end."""
         self._tiers.poll()
-        while (transfer := self._mover.take_work(wait=False)) is not None:
+        while (transfer := self._mover.take_work()) is not None:
             self._mover.run(transfer)
             self._tiers.poll()
         self._tiers.take_events()
+        self._pool.take_events()
 
 
 def _plot(path: Path, curves: dict[str, Curve], hits: TierHits, unlimited: float) -> None:

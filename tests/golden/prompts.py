@@ -88,3 +88,8 @@ def _exactly(length: int, pieces: Iterator[str], encode: Callable[[str], list[in
     while len(token_ids := encode(text)) < length:
         text += "".join(next(pieces) for _ in range(max(1, (length - len(token_ids)) // 8)))
     return token_ids[:length]
+
+
+def prose_prompt(length: int, seed: int, encode: Callable[[str], list[int]]) -> list[int]:
+    """`length` token ids of prose; other seeds begin differently."""
+    return _exactly(length, _prose(seed), encode)

@@ -125,11 +125,11 @@ class Rig:
         self.tiers.committed(name(i), None if parent is None else name(parent), block_id)
 
     def evict(self, i: int, block_id: int) -> None:
-        self.tiers.evicted(name(i))
+        self.tiers.evicted(name(i), block_id)
         self.blocks[block_id] = 0
 
     def run_one(self) -> bool:
-        transfer = self.mover.take_work(wait=False)
+        transfer = self.mover.take_work()
         if transfer is not None:
             self.mover.run(transfer)
         return transfer is not None
@@ -233,7 +233,7 @@ def test_write_back_writes_what_the_host_is_about_to_evict(tmp_path: Path) -> No
     rig.compute(8, 8)
     rig.settle()
     assert rig.tiers.statistics().stores.num_to_disk > 0
-    rig.tiers.close()
+    rig.tiers.close(0.0)
 
 
 def test_write_back_without_a_host_tier_writes_what_the_device_is_about_to_evict(
@@ -246,7 +246,7 @@ def test_write_back_without_a_host_tier_writes_what_the_device_is_about_to_evict
     rig.settle()
     assert rig.tiers.match([name(2)]) == rig.tiers.match([name(1)]) == [TierName.DISK]
     assert rig.tiers.match([name(0)]) == []
-    rig.tiers.close()
+    rig.tiers.close(0.0)
 
 
 def test_a_block_evicted_while_it_is_copied_is_stored_nowhere(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_timed_out_load_keeps_its_blocks_until_the_transfer_has_ended(tmp_path
         rig.compute(i, i)
     rig.settle()
     ticket = rig.load(range(3), [9, 10, 11])
-    transfer = rig.mover.take_work(wait=False)
+    transfer = rig.mover.take_work()
     assert transfer is not None
     assert rig.tiers.next_deadline == 10.0
     rig.now = 10.0
@@ -555,7 +555,7 @@ class TiersMachine(RuleBasedStateMachine):
 
     @rule()
     def begin_transfer(self) -> None:
-        transfer = self.rig.mover.take_work(wait=False)
+        transfer = self.rig.mover.take_work()
         if transfer is not None:
             self.running.append(transfer)
 
@@ -632,7 +632,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.happened["torn"] += statistics.stores.num_torn
         self.happened["timeouts"] += statistics.loads.num_timeouts
         self.happened["corrupt"] += statistics.loads.num_corrupt
-        self.rig.tiers.close()
+        self.rig.tiers.close(0.0)
 
     def drain(self) -> None:
         """Lets everything end: nothing is pinned, reserved or busy any more."""

@@ -92,7 +92,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, 5))
     def allocate(self, n: int) -> None:
-        used = {b for chain in self.held for b in chain}
+        used = {b for chain in self.held for b in chain} | set(self.pool.held_block_ids)
         blocks = self.pool.allocate(n)
         assert (blocks is None) == (n > 8 - len(used))
         if blocks is not None:
@@ -120,6 +120,14 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         self.pool.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
+    @rule(ids=st.lists(st.integers(0, 20), max_size=3))
+    def hold(self, ids: list[int]) -> None:
+        self.pool.hold(map(name, ids))
+
+    @rule(ids=st.lists(st.integers(0, 20), max_size=3))
+    def unhold(self, ids: list[int]) -> None:
+        self.pool.unhold(map(name, ids))
+
     @rule()
     def clear(self) -> None:
         self.pool.clear()
@@ -128,7 +136,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def holds(self) -> None:
         self.pool.check_invariants()
-        references: dict[int, int] = {}
+        references = dict.fromkeys(self.pool.held_block_ids, 1)
         for chain in self.held:
             for block_id in chain:
                 references[block_id] = references.get(block_id, 0) + 1

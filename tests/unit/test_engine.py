@@ -12,7 +12,7 @@ from xllm.engine.batch import Batch
 from xllm.engine.engine import MAX_FAULTS_IN_A_ROW, Engine
 from xllm.engine.sampler import Draw, SampledTokens, SamplingBatch
 from xllm.engine.scheduler import StepPlan
-from xllm.errors import EngineFault, InvalidRequest, NoWorker, RequestError
+from xllm.errors import EngineFault, InvalidRequest, NoWorker, RequestError, WorkerLost
 from xllm.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta, TokenLogprob
 
 VOCAB = 100
@@ -29,6 +29,7 @@ class FakeRunner:
         self.max_model_len = 100
         self.model_config = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(0,))
         self.device = torch.device("cpu")
+        self.staging = None
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
@@ -36,6 +37,9 @@ class FakeRunner:
 
     def allocate_cache(self, num_blocks: int) -> None:
         assert num_blocks == self.num_blocks
+
+    def enter_thread(self) -> None:
+        pass
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         assert pairs
@@ -216,7 +220,7 @@ async def test_stop_ends_open_requests_with_an_error(engine: Engine, runner: Fak
     stop = asyncio.create_task(engine.stop())
     runner.gate.set()
     await stop
-    assert isinstance(await client.error(), EngineFault)
+    assert isinstance(await client.error(), WorkerLost)
 
 
 @pytest.mark.parametrize(

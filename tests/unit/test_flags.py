@@ -13,6 +13,7 @@ from xllm.config import (
     HostConfig,
     LogConfig,
     MasterConfig,
+    RoutingConfig,
     WorkerConfig,
 )
 from xllm.errors import ConfigError
@@ -48,12 +49,12 @@ def test_without_flags_the_config_has_its_own_defaults() -> None:
 @pytest.mark.parametrize(
     ("role", "configs"),
     [
-        ("master", [MasterConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
+        ("master", [MasterConfig, RoutingConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
         ("worker", [WorkerConfig, EngineConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
     ],
 )
 def test_every_field_of_a_config_has_its_flag(role: str, configs: list[type]) -> None:
-    parts = {"etcd", "net", "log", "api", "engine"}
+    parts = {"etcd", "net", "log", "api", "engine", "routing"}
     wanted = {
         (config, field.name)
         for config in configs
@@ -244,3 +245,24 @@ def test_help_of_one_role_leaves_out_the_other() -> None:
     assert isinstance(answer, Answer)
     assert "--http_server_port=PORT" in answer.text
     assert "--model=" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--disk_cache_dir=/tmp/x"], "--disk_cache_size"),
+        (["--disk_cache_size=1GiB"], "--disk_cache_dir"),
+        (["--host_cache_size=1GiB", "--host_blocks_factor=2"], "two sizes"),
+        (["--host_cache_size=1GiB", "--noenable_prefix_cache"], "--enable_prefix_cache"),
+        (["--eviction_policy=s3fifo"], "lru"),
+        (["--disk_write_policy=never"], "write_through_selective"),
+        (["--prefetch_timeout=-1"], "--prefetch_timeout"),
+    ],
+)
+def test_tiers_that_cannot_be_are_refused(argv: list[str], said: str) -> None:
+    assert said in _refusal("--role=worker", *argv)
+
+
+def test_the_folder_of_the_disk_tier_may_be_in_the_home_directory() -> None:
+    worker = _worker("--disk_cache_dir=~/blocks", "--disk_cache_size=1GiB")
+    assert worker.engine.disk_cache_dir == str(Path.home() / "blocks")

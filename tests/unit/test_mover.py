@@ -20,7 +20,7 @@ def test_loads_go_before_stores_and_each_in_order() -> None:
     mover = Mover(0)
     stores = [mover.try_start_store(nothing, ignore) for _ in range(2)]
     loads = [mover.start_load(nothing, ignore) for _ in range(2)]
-    assert [mover.take_work(wait=False) for _ in range(5)] == [*loads, *stores, None]
+    assert [mover.take_work() for _ in range(5)] == [*loads, *stores, None]
 
 
 def test_stores_beyond_the_bound_are_refused_until_one_has_ended() -> None:
@@ -29,23 +29,28 @@ def test_stores_beyond_the_bound_are_refused_until_one_has_ended() -> None:
     assert mover.try_start_store(nothing, ignore) is not None
     assert mover.try_start_store(nothing, ignore) is None
     assert not mover.can_store
-    assert mover.take_work(wait=False) is first
+    assert mover.take_work() is first
     assert not mover.can_store, "running stores count"
     assert first is not None
     mover.run(first)
     assert mover.can_store
 
 
-def test_only_so_many_stores_run_at_once() -> None:
-    mover = Mover(0, max_running_stores=1)
-    first, second = (mover.try_start_store(nothing, ignore) for _ in range(2))
-    assert mover.take_work(wait=False) is first
-    assert mover.take_work(wait=False) is None
-    load = mover.start_load(nothing, ignore)
-    assert mover.take_work(wait=False) is load
-    assert first is not None
-    mover.run(first)
-    assert mover.take_work(wait=False) is second
+def test_a_load_does_not_wait_for_stores_that_hang() -> None:
+    began, go_on, loaded = threading.Event(), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        began.set()
+        assert go_on.wait(10)
+
+    mover = Mover(1, num_store_threads=1)
+    mover.try_start_store(hang, ignore)
+    mover.try_start_store(hang, ignore)
+    assert began.wait(10)
+    mover.start_load(loaded.set, ignore)
+    assert loaded.wait(10)
+    go_on.set()
+    assert mover.close(timeout_s=10.0)
 
 
 def test_only_what_has_not_begun_is_cancelled() -> None:
@@ -55,12 +60,12 @@ def test_only_what_has_not_begun_is_cancelled() -> None:
     assert mover.try_cancel(store)
     assert not mover.try_cancel(store)
     assert mover.can_store
-    assert mover.take_work(wait=False) is load
+    assert mover.take_work() is load
     assert not mover.try_cancel(load)
     mover.run(load)
     assert mover.take_ended() == [load]
     assert store.state is TransferState.CANCELLED
-    assert mover.take_work(wait=False) is None
+    assert mover.take_work() is None
 
 
 def test_an_error_is_kept_for_whoever_started_the_transfer(
@@ -71,7 +76,7 @@ def test_an_error_is_kept_for_whoever_started_the_transfer(
 
     mover = Mover(0)
     transfer = mover.start_load(fail, ignore)
-    work = mover.take_work(wait=False)
+    work = mover.take_work()
     assert work is transfer
     mover.run(work)
     assert mover.take_ended() == [transfer]
@@ -79,7 +84,7 @@ def test_an_error_is_kept_for_whoever_started_the_transfer(
     assert "transfer_failed" in caplog.text
 
 
-def test_threads_finish_what_was_begun_before_they_end() -> None:
+def test_a_closed_mover_finishes_what_was_begun_and_nothing_else() -> None:
     began, go_on = threading.Event(), threading.Event()
     done: list[int] = []
 
@@ -88,7 +93,7 @@ def test_threads_finish_what_was_begun_before_they_end() -> None:
         assert go_on.wait(10)
         done.append(0)
 
-    mover = Mover(1)
+    mover = Mover(1, num_store_threads=1)
     mover.try_start_store(first, ignore)
     mover.try_start_store(lambda: done.append(1), ignore)
     assert began.wait(10)
@@ -96,8 +101,9 @@ def test_threads_finish_what_was_begun_before_they_end() -> None:
     assert mover.try_start_store(nothing, ignore) is None
     go_on.set()
     assert mover.close(timeout_s=10.0)
-    assert done == [0, 1]
-    assert len(mover.take_ended()) == 2
+    assert done == [0]
+    errors = [type(transfer.error) for transfer in mover.take_ended()]
+    assert sorted(errors, key=str) == [type(None), TimeoutError]
 
 
 def test_a_rate_follows_bytes_and_is_forgotten() -> None:

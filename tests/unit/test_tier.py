@@ -172,15 +172,30 @@ class TableMachine(RuleBasedStateMachine):
         """slot -> (name, still wanted)."""
         self.pins: dict[int, int] = {}
         self.known: set[BlockHash] = set()
+        self.held: set[BlockHash] = set()
+
+    @rule(ids=st.lists(st.integers(0, 9), max_size=3))
+    def hold(self, ids: list[int]) -> None:
+        self.table.hold(map(name, ids))
+        self.held |= set(map(name, ids))
+
+    @rule(ids=st.lists(st.integers(0, 9), max_size=3))
+    def unhold(self, ids: list[int]) -> None:
+        self.table.unhold(map(name, ids))
+        self.held -= set(map(name, ids))
 
     @rule(i=st.integers(0, 9), parent=st.integers(0, 9))
     def prepare_store(self, i: int, parent: int) -> None:
         before = self.table.lookup(name(i))
+        staying = [h for h in self.held if self.table.lookup(h) is Lookup.HIT]
         slot = self.table.prepare_store(name(i), name(parent))
+        assert all(self.table.lookup(h) is Lookup.HIT for h in staying), "held blocks stay"
         if before is not Lookup.MISS:
             assert slot is None
         elif slot is None:
-            assert len(self.storing) + len(self.pins) == self.NUM_SLOTS
+            num_kept = self.table.statistics().num_pinned
+            num_dropped = sum(n > 0 for n in self.pins.values())
+            assert len(self.storing) + num_kept + num_dropped >= self.NUM_SLOTS
         if slot is not None:
             assert slot not in self.storing
             assert slot not in self.pins

@@ -19,10 +19,12 @@ Pure bookkeeping: no bytes move here, and nothing waits.
 from __future__ import annotations
 
 import enum
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 from xllm.protocol import BlockHash
 
@@ -50,6 +52,16 @@ class PoolStatistics:
     num_evictions: int
 
 
+class BlockObserver(Protocol):
+    """Takes what histograms of one tier are made of; called synchronously."""
+
+    def block_reused(self, gap_s: float) -> None:
+        """Time since the block's last use, or since it came in."""
+        ...
+
+    def block_evicted(self, lifetime_s: float, idle_s: float) -> None: ...
+
+
 class BlockPool:
     """`num_blocks` equal slots. All methods are synchronous and for one thread."""
 
@@ -57,15 +69,24 @@ class BlockPool:
         self,
         num_blocks: int,
         on_evict: Callable[[BlockHash, int], None] = lambda block_hash, block_id: None,
+        *,
+        observer: BlockObserver | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.num_blocks = num_blocks
+        self.on_evict = on_evict
         """`on_evict(hash, block)` is called when a cached block gives way to another, before
         anybody may write to it."""
-        self.num_blocks = num_blocks
-        self._on_evict = on_evict
+        self._observer = observer
+        self._clock = clock
+        self._named_at = [0.0] * num_blocks
+        self._used_at = [0.0] * num_blocks
+        """Last acquired or committed; both only for the observer."""
         self._ref_counts = [0] * num_blocks
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._by_hash: dict[BlockHash, int] = {}
+        self._held: set[BlockHash] = set()
         self._events: list[BlockEvent] = []
         self._num_cached = 0
         self._num_evictions = 0
@@ -93,6 +114,15 @@ class BlockPool:
                 del self._free[block_id]
                 self._num_cached -= 1
             self._ref_counts[block_id] += 1
+
+    def observe_reuse(self, block_ids: Iterable[int]) -> None:
+        """Tells the observer that a request goes on after these named blocks."""
+        if self._observer is None:
+            return
+        now = self._clock()
+        for block_id in block_ids:
+            self._observer.block_reused(now - self._used_at[block_id])
+            self._used_at[block_id] = now
 
     def allocate(self, num_blocks: int) -> list[int] | None:
         """Fresh unnamed blocks with one reference each, or None if there are too few.
@@ -122,6 +152,26 @@ class BlockPool:
                 else:
                     self._num_cached += 1
 
+    def hold(self, names: Iterable[BlockHash]) -> None:
+        """Keeps these blocks, whenever they are here, by a reference until `unhold`."""
+        for name in names:
+            if name not in self._held:
+                self._held.add(name)
+                if name in self._by_hash:
+                    self.acquire((self._by_hash[name],))
+
+    def unhold(self, names: Iterable[BlockHash]) -> None:
+        for name in names:
+            if name in self._held:
+                self._held.remove(name)
+                if name in self._by_hash:
+                    self.release((self._by_hash[name],))
+
+    @property
+    def held_block_ids(self) -> list[int]:
+        """Blocks that have a reference because of `hold`."""
+        return [self._by_hash[name] for name in self._held if name in self._by_hash]
+
     def commit(self, block_id: int, block_hash: BlockHash) -> bool:
         """Names a full block; False: another block bears that name already."""
         assert self._ref_counts[block_id] > 0, "only a used block is committed"
@@ -130,16 +180,22 @@ class BlockPool:
             return False
         self._hashes[block_id] = block_hash
         self._by_hash[block_hash] = block_id
+        if block_hash in self._held:
+            self._ref_counts[block_id] += 1
+        if self._observer is not None:
+            self._named_at[block_id] = self._used_at[block_id] = self._clock()
         self._events.append(BlockEvent(BlockEventKind.STORED, block_hash))
         return True
 
     def clear(self) -> int:
         """Forgets every cached block, and the names of used ones; returns how many names went."""
         num_cleared = len(self._by_hash)
+        held = self.held_block_ids
         for block_id in self._by_hash.values():
             self._hashes[block_id] = None
         self._by_hash.clear()
         self._num_cached = 0
+        self.release(held)
         self._events = [BlockEvent(BlockEventKind.CLEARED)]
         return num_cleared
 
@@ -184,4 +240,9 @@ class BlockPool:
             self._events.append(BlockEvent(BlockEventKind.REMOVED, block_hash))
             self._num_cached -= 1
             self._num_evictions += 1
-            self._on_evict(block_hash, block_id)
+            if self._observer is not None:
+                now = self._clock()
+                self._observer.block_evicted(
+                    now - self._named_at[block_id], now - self._used_at[block_id]
+                )
+            self.on_evict(block_hash, block_id)

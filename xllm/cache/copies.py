@@ -31,13 +31,15 @@ def load_from_host(
     device: DeviceBlocks,
     block_ids: Sequence[int],
 ) -> list[bool]:
-    """Copies sound slots to the device; says which are sound."""
-    sources = [host.slot(slot) for slot in slots]
-    sound = [
-        checksum_of(source[: device.block_bytes]) == checksum
-        for source, checksum in zip(sources, checksums, strict=True)
-    ]
-    _copy_sound(device, sources, block_ids, sound)
+    """Copies slots to the device, and says which are sound; what others then hold is undefined."""
+    sound = []
+    for slot, checksum, block_id in zip(slots, checksums, block_ids, strict=True):
+        source = host.slot(slot)
+        device.copy_in([block_id], [source])
+        # The copy is still in this core's cache, where it is on the CPU.
+        copied = device.view(block_id)
+        payload = source[: device.block_bytes] if copied is None else copied
+        sound.append(checksum_of(payload) == checksum)
     return sound
 
 

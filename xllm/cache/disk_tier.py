@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xllm.cache.block_pool import BlockEvent, BlockEventKind
+from xllm.cache.block_pool import BlockEvent, BlockEventKind, BlockObserver
 from xllm.cache.eviction import EvictionPolicyName, make_eviction_policy
 from xllm.cache.slab import OS_IO, SlabFile, SlotWrite, VectorIO
 from xllm.cache.slab_format import (
@@ -27,7 +27,7 @@ from xllm.cache.slab_format import (
     adjacent_runs,
     checksum_of,
 )
-from xllm.cache.tier import SlotTable, TableObserver
+from xllm.cache.tier import SlotTable
 from xllm.errors import ConfigError, TierIOError
 from xllm.protocol import BlockHash
 
@@ -141,7 +141,7 @@ class DiskTier:
         config: DiskTierConfig,
         *,
         clock: Callable[[], float],
-        observer: TableObserver | None = None,
+        observer: BlockObserver | None = None,
         io: VectorIO = OS_IO,
     ) -> None:
         """Attaches at once if it can.
@@ -173,6 +173,11 @@ class DiskTier:
     def table(self) -> SlotTable | None:
         """The books; None while detached."""
         return None if self.attachment is None else self.attachment.table
+
+    @property
+    def retry_at(self) -> float | None:
+        """When `should_retry` will say yes; None: never as things are."""
+        return self._retry_at
 
     def open(self) -> Attachment:
         """Opens the slab and rebuilds the index; shares nothing with this object's state, so that

@@ -13,7 +13,7 @@ Every block has a heat on one clock that ticks once per insertion and use:
 So under `graded` a block that proved useful outlives the others by a share of the time that a block
 stays in the cache anyway. Counts survive eviction in a list of ghosts as long as the tier, so a
 block that comes back is known. On Mooncake's conversation trace this beats LRU at every size that
-`scripts/bench cache` looks at; S3-FIFO and SIEVE (any queue split tried), 2Q's protected segment
+`scripts/bench cache` looks at; S3-FIFO (any queue split tried), CLOCK, 2Q's protected segment
 and hit density (LHD) lose to LRU at some of them, mostly because a chat's next turn takes long
 enough for its first reuse to miss a small probationary queue.
 

@@ -8,18 +8,17 @@ of two.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
+from xllm.cache.block_pool import BlockObserver
 from xllm.cache.eviction import EvictionPolicyName, make_eviction_policy
+from xllm.cache.memory import map_pages, populate
 from xllm.cache.slab_format import Buffer, round_up
-from xllm.cache.tier import SlotTable, TableObserver
+from xllm.cache.tier import SlotTable
 from xllm.errors import ConfigError
-
-_MADV_POPULATE_WRITE = 23
 
 
 class DeviceBlocks(Protocol):
@@ -57,6 +56,10 @@ class HostMemoryBlocks:
     def block_bytes(self) -> int:
         return int(self._blocks.shape[1])
 
+    def populate(self) -> None:
+        """Takes all of the memory now, so that no load pays for page faults."""
+        populate(self._blocks.reshape(-1))
+
     def copy_out(self, block_ids: Sequence[int], targets: Sequence[Buffer]) -> None:
         for block_id, target in zip(block_ids, targets, strict=True):
             np.copyto(target[: self.block_bytes], self._blocks[block_id])
@@ -80,7 +83,7 @@ class HostTier:
         *,
         eviction_policy: EvictionPolicyName,
         clock: Callable[[], float],
-        observer: TableObserver | None = None,
+        observer: BlockObserver | None = None,
         pin_memory: bool = False,
     ) -> None:
         """Takes all of its memory now. Raises: ConfigError if there is not as much."""
@@ -101,29 +104,17 @@ class HostTier:
 
 
 def _allocate_arena(num_bytes: int, pin_memory: bool) -> Buffer:
-    """Populated at once: what is not there shows now, and no copy pays for page faults later."""
     try:
-        mapping = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE)
+        arena = map_pages(num_bytes)
     except OSError as error:
         raise ConfigError(
             f"the host cache of {num_bytes / 2**30:.1f} GiB cannot be allocated ({error}); "
             "lower --host_cache_size or --host_blocks_factor"
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        _advise(mapping, mmap.MADV_HUGEPAGE)
-    _advise(mapping, _MADV_POPULATE_WRITE)
-    arena = np.frombuffer(mapping, dtype=np.uint8)[:num_bytes]
+    populate(arena)
     if pin_memory and num_bytes:
         _page_lock(arena)
     return arena
-
-
-def _advise(mapping: mmap.mmap, advice: int) -> None:
-    """Old kernels do not know every advice: the pages then come when they are touched."""
-    try:
-        mapping.madvise(advice)
-    except OSError:
-        return
 
 
 def _page_lock(arena: Buffer) -> None:

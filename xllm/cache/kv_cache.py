@@ -62,6 +62,8 @@ class LowerTiers(Protocol):
 
     def used(self, chain: list[BlockHash]) -> None: ...
 
+    def evicted(self, block_hash: BlockHash, block_id: int) -> None: ...
+
     def cleared(self) -> None: ...
 
 
@@ -106,7 +108,11 @@ class CacheStatistics:
     """Counters since the start, in tokens."""
 
     queried_tokens: int
-    hit_tokens: int
+    hit_tokens_by_tier: dict[TierName, int]
+
+    @property
+    def hit_tokens(self) -> int:
+        return sum(self.hit_tokens_by_tier.values())
 
 
 class KVCache:
@@ -125,12 +131,14 @@ class KVCache:
         self._root = root
         self._enable_prefix_cache = enable_prefix_cache
         self._tiers = tiers
+        if tiers is not None:
+            pool.on_evict = tiers.evicted
         self._roots: dict[str, BlockHash] = {}
         self._pending: set[BlockHash] = set()
         self._loading: dict[LoadTicket, CachedSequence] = {}
         self._busy: set[int] = set()
         self._queried_tokens = 0
-        self._hit_tokens = 0
+        self._hit_tokens: dict[TierName, int] = {}
 
     @property
     def next_deadline(self) -> float | None:
@@ -183,6 +191,7 @@ class KVCache:
             return False
         fresh = self.pool.allocate(num_new)
         assert fresh is not None
+        self.pool.observe_reuse(match.block_ids)
         seq.block_table = match.block_ids + fresh
         seq.num_committed_blocks = num_matched
         self._begin_after(seq, num_matched)
@@ -192,7 +201,7 @@ class KVCache:
         seq.pending_hashes = [h for h in seq.block_hashes[num_matched:] if h not in self._pending]
         self._pending.update(seq.pending_hashes)
         self._queried_tokens += len(seq.token_ids)
-        self._hit_tokens += seq.num_computed_tokens
+        self._count_hit(TierName.DEVICE, seq.num_computed_tokens)
         if self._tiers is not None:
             self._tiers.used(seq.block_hashes[: num_matched + len(match.tiers)])
             if match.tiers:
@@ -229,7 +238,7 @@ class KVCache:
             self._begin_after(seq, seq.num_committed_blocks)
             gained = seq.num_computed_tokens - computed_before
             seq.cached_by_tier[tier] = seq.cached_by_tier.get(tier, 0) + gained
-            self._hit_tokens += gained
+            self._count_hit(tier, gained)
         self._end_promises(seq, seq.num_committed_blocks)
         return True
 
@@ -301,14 +310,20 @@ class KVCache:
             self._tiers.cleared()
         return self.pool.clear()
 
+    def name_prompt(self, token_ids: Seq[int], salt: str) -> list[BlockHash]:
+        """Of its full blocks."""
+        return hash_blocks(self._root_of(salt), token_ids, self.block_size)
+
     def statistics(self) -> CacheStatistics:
-        return CacheStatistics(self._queried_tokens, self._hit_tokens)
+        return CacheStatistics(self._queried_tokens, dict(self._hit_tokens))
 
     def check_invariants(self, sequences: list[CachedSequence]) -> None:
         """`sequences`: all that hold blocks or promises."""
         self.pool.check_invariants()
         assert set(self._loading.values()) <= {s for s in sequences if s.load is not None}
         references: dict[int, int] = dict.fromkeys(self._busy, 1)
+        for block_id in self.pool.held_block_ids:
+            references[block_id] = references.get(block_id, 0) + 1
         for seq in sequences:
             for block_id in seq.block_table:
                 references[block_id] = references.get(block_id, 0) + 1
@@ -317,6 +332,9 @@ class KVCache:
         promised = [h for seq in sequences for h in seq.pending_hashes]
         assert len(promised) == len(set(promised))
         assert set(promised) == self._pending
+
+    def _count_hit(self, tier: TierName, num_tokens: int) -> None:
+        self._hit_tokens[tier] = self._hit_tokens.get(tier, 0) + num_tokens
 
     def _begin_after(self, seq: CachedSequence, num_blocks: int) -> None:
         """`seq` has so many leading blocks from the cache."""

@@ -9,16 +9,20 @@ A `Transfer` is a function that touches bytes and no bookkeeping; what its end m
 whoever started it, on the engine's thread, when `take_ended` brings it back. So slots and pins have
 one owner, and a thread that hangs in a dead disk holds nothing but its transfer's slots.
 
-Loads go before stores, since a request waits for them. Stores are bounded in number, queued and
-running: one too many is refused, never waited for. A transfer that has begun is not interrupted;
-`try_cancel` takes back one that has not.
+Somebody waits for a load, nobody for a store. So stores have threads of their own, of the lowest
+priority, which run when the cores have nothing else to do; and they are bounded in number: one too
+many is refused, never waited for. A transfer that has begun is not interrupted; `try_cancel` takes
+back one that has not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -27,6 +31,9 @@ from collections.abc import Callable
 from xllm.errors import TierIOError
 
 logger = logging.getLogger(__name__)
+
+LOWEST_PRIORITY = 19
+"""As `nice` has it."""
 
 
 class TransferState(enum.Enum):
@@ -63,28 +70,33 @@ class Mover:
         self,
         num_threads: int = 4,
         *,
+        num_store_threads: int = 2,
         max_stores: int = 32,
-        max_running_stores: int = 2,
         on_ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_ended` is called on a mover thread after each transfer, and must be quick.
+        """`num_threads`: for loads. `on_ended` is called on a mover thread after each transfer, and
+        must be quick.
 
         With 0 threads nothing runs by itself: a test decides what happens when.
         """
         self._max_stores = max_stores
-        self._max_running_stores = max_running_stores
         self._on_ended = on_ended
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._has_load = threading.Condition(self._lock)
+        self._has_store = threading.Condition(self._lock)
         self._loads: deque[Transfer] = deque()
         self._stores: deque[Transfer] = deque()
         self._num_stores = 0
         """Queued and running."""
-        self._num_running_stores = 0
         self._is_closed = False
         self._ended: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._work, name=f"mover-{i}", daemon=True)
-            for i in range(num_threads)
+            threading.Thread(target=work, name=f"{name}-{i}", daemon=True)
+            for work, name, count in (
+                (self._run_loads, "load", num_threads),
+                (self._run_stores, "store", num_store_threads if num_threads else 0),
+            )
+            for i in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -98,9 +110,9 @@ class Mover:
         """Queues a transfer that somebody waits for."""
         assert not self._is_closed
         transfer = Transfer(run, on_end, is_store=False)
-        with self._condition:
+        with self._lock:
             self._loads.append(transfer)
-            self._condition.notify()
+            self._has_load.notify()
         return transfer
 
     def try_start_store(
@@ -108,17 +120,17 @@ class Mover:
     ) -> Transfer | None:
         """Queues a transfer in the background; None: there are too many already."""
         transfer = Transfer(run, on_end, is_store=True)
-        with self._condition:
+        with self._lock:
             if not self.can_store:
                 return None
             self._num_stores += 1
             self._stores.append(transfer)
-            self._condition.notify()
+            self._has_store.notify()
         return transfer
 
     def try_cancel(self, transfer: Transfer) -> bool:
         """Takes back a transfer that has not begun; its `on_end` is not called then."""
-        with self._condition:
+        with self._lock:
             if transfer.state is not TransferState.QUEUED:
                 return False
             transfer.state = TransferState.CANCELLED
@@ -129,9 +141,15 @@ class Mover:
                 self._loads.remove(transfer)
         return True
 
-    def take_ended(self) -> list[Transfer]:
-        """Transfers that have ended since the last call; the caller calls their `on_end`."""
+    def take_ended(self, wait_s: float = 0.0) -> list[Transfer]:
+        """Transfers that have ended since the last call; the caller calls their `on_end`.
+
+        Waits so long for the first one.
+        """
         ended = []
+        if wait_s > 0:
+            with contextlib.suppress(queue.Empty):
+                ended.append(self._ended.get(timeout=wait_s))
         while True:
             try:
                 ended.append(self._ended.get_nowait())
@@ -141,32 +159,31 @@ class Mover:
     def close(self, timeout_s: float) -> bool:
         """Refuses stores, lets threads finish what is queued; False: some still run after that.
 
-        The caller drains `take_ended` afterwards.
+        What was not begun in that time ends with an error. The caller drains `take_ended`
+        afterwards.
         """
-        with self._condition:
+        with self._lock:
             self._is_closed = True
-            self._condition.notify_all()
+            self._has_load.notify_all()
+            self._has_store.notify_all()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            while self._loads or self._stores:
+                transfer = (self._loads or self._stores).popleft()
+                transfer.state = TransferState.ENDED
+                transfer.error = TimeoutError("the mover was closed before it began")
+                self._ended.put(transfer)
         return not any(thread.is_alive() for thread in self._threads)
 
-    def take_work(self, *, wait: bool) -> Transfer | None:
-        """The next transfer to run, which is RUNNING from now on; None: nothing, or closed."""
-        with self._condition:
-            while True:
-                if self._loads:
-                    transfer = self._loads.popleft()
-                elif self._stores and self._num_running_stores < self._max_running_stores:
-                    transfer = self._stores.popleft()
-                    self._num_running_stores += 1
-                elif wait and not (self._is_closed and not self._stores):
-                    self._condition.wait()
-                    continue
-                else:
-                    return None
-                transfer.state = TransferState.RUNNING
-                return transfer
+    def take_work(self) -> Transfer | None:
+        """The next transfer to run, which is RUNNING from now on: loads first."""
+        with self._lock:
+            for waiting in (self._loads, self._stores):
+                if waiting:
+                    return self._begin(waiting)
+        return None
 
     def run(self, transfer: Transfer) -> None:
         """Runs a transfer that `take_work` gave out, and reports its end."""
@@ -179,16 +196,31 @@ class Mover:
             logger.exception("transfer_failed")
             transfer.error = error
         transfer.seconds = time.perf_counter() - started
-        with self._condition:
+        with self._lock:
             transfer.state = TransferState.ENDED
-            if transfer.is_store:
-                self._num_stores -= 1
-                self._num_running_stores -= 1
-                if self._stores or self._is_closed:
-                    self._condition.notify_all()
+            self._num_stores -= transfer.is_store
         self._ended.put(transfer)
         self._on_ended()
 
-    def _work(self) -> None:
-        while (transfer := self.take_work(wait=True)) is not None:
+    def _begin(self, waiting: deque[Transfer]) -> Transfer:
+        transfer = waiting.popleft()
+        transfer.state = TransferState.RUNNING
+        return transfer
+
+    def _run_loads(self) -> None:
+        self._work(self._loads, self._has_load)
+
+    def _run_stores(self) -> None:
+        if sys.platform == "linux":  # where threads have a priority each
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        self._work(self._stores, self._has_store)
+
+    def _work(self, waiting: deque[Transfer], has_some: threading.Condition) -> None:
+        while True:
+            with self._lock:
+                while not waiting:
+                    if self._is_closed:
+                        return
+                    has_some.wait()
+                transfer = self._begin(waiting)
             self.run(transfer)

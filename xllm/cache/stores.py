@@ -101,11 +101,10 @@ class Storer:
                 self._want_on_disk(block_hash, parent)
             parent = block_hash
 
-    def evicted(self, block_hash: BlockHash) -> None:
+    def evicted(self, block_hash: BlockHash, block_id: int) -> None:
         """A device block has lost its name and may be overwritten from now on."""
-        resident = self._resident.pop(block_hash, None)
-        if resident is not None:
-            self._transfers.evicted(resident[0])
+        self._resident.pop(block_hash, None)
+        self._transfers.evicted(block_id)
 
     def cleared(self) -> None:
         """All device blocks have lost their names."""
@@ -114,6 +113,21 @@ class Storer:
         self._to_disk.clear()
         self._seen.clear()
         self._transfers.cleared()
+
+    def flush(self) -> None:
+        """Wants on disk what write_back has kept from it so far: as much as it holds, the hottest
+        first, since there may not be time for all."""
+        disk = self._disk_table()
+        if disk is None or self._policy is not DiskWritePolicy.WRITE_BACK:
+            return
+        parents = {name: parent for name, (_, parent) in self._resident.items()}
+        hot_first = list(reversed(parents))
+        if self._host is not None:
+            table = self._host.table
+            hot_first = table.cold_first(table.num_slots)[::-1] + hot_first
+            parents |= {name: table.parent_of(name) for name in table.hashes()}
+        for block_hash in dict.fromkeys(hot_first[: disk.num_slots]):
+            self._want_on_disk(block_hash, parents[block_hash])
 
     def pump(self) -> None:
         """Starts what there is room for."""

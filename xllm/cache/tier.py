@@ -9,7 +9,8 @@ A tier is an array of equal slots. For each slot:
 Rules:
  1. `prepare_` and `complete_` come in pairs, whatever happens in between: a store's slot stays
     RESERVED until its transfer has really ended, however long ago everybody lost interest in it.
- 2. READY is left only at pin count 0. `prepare_load` pins, `complete_load` unpins.
+ 2. READY is left only at pin count 0. `prepare_load` pins, `complete_load` unpins. A name that is
+    held (`hold`) pins its block for as long as it is here.
  3. A block that is discarded or cleared while somebody fills or reads its slot is *dropped*: nobody
     finds it from then on, and its slot becomes free when the last of them completes.
  4. At most one slot bears a name. A lookup answers HIT for READY, PENDING for RESERVED, else MISS.
@@ -22,11 +23,10 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from xllm.cache.block_pool import BlockEvent, BlockEventKind
+from xllm.cache.block_pool import BlockEvent, BlockEventKind, BlockObserver
 from xllm.cache.eviction import EvictionPolicy
 from xllm.protocol import BlockHash
 
@@ -77,16 +77,6 @@ class TableStatistics:
     """Stores for which no slot was free or evictable."""
 
 
-class TableObserver(Protocol):
-    """Takes what histograms are made of; called synchronously."""
-
-    def block_reused(self, gap_s: float) -> None:
-        """Time since the block's last use or its store."""
-        ...
-
-    def block_evicted(self, lifetime_s: float, idle_s: float) -> None: ...
-
-
 class _Slot:
     __slots__ = (
         "checksum",
@@ -119,7 +109,7 @@ class SlotTable:
         policy: EvictionPolicy,
         *,
         clock: Callable[[], float],
-        observer: TableObserver | None = None,
+        observer: BlockObserver | None = None,
     ) -> None:
         """`policy` is empty and belongs to the table from now on: it holds the READY blocks."""
         self.num_slots = num_slots
@@ -129,6 +119,7 @@ class SlotTable:
         self._slots = [_Slot() for _ in range(num_slots)]
         self._free = deque(range(num_slots))
         self._by_hash: dict[BlockHash, int] = {}
+        self._held: set[BlockHash] = set()
         self._num_reserved = 0
         self._events: list[BlockEvent] = []
         self._num_pinned = 0
@@ -241,22 +232,31 @@ class SlotTable:
         slot = self._slots[slot_id]
         if slot.state is not SlotState.READY:
             return None
-        slot.num_pins += 1
-        if slot.num_pins == 1:
-            self._num_pinned += 1
+        self._pin(slot)
         return StoredBlock(slot_id, slot.checksum)
 
     def complete_load(self, slot_id: int) -> None:
         """Gives one pin back."""
         slot = self._slots[slot_id]
         assert slot.num_pins > 0, "a load is completed once"
-        slot.num_pins -= 1
-        if slot.num_pins:
-            return
-        if slot.dropped:
+        self._unpin(slot)
+        if slot.dropped and slot.num_pins == 0:
             self._release(slot_id)
-        else:
-            self._num_pinned -= 1
+
+    def hold(self, names: Iterable[BlockHash]) -> None:
+        """Keeps these blocks from being evicted, whenever they are here, until `unhold`."""
+        for name in names:
+            if name not in self._held:
+                self._held.add(name)
+                if self.lookup(name) is Lookup.HIT:
+                    self._pin(self._slots[self._by_hash[name]])
+
+    def unhold(self, names: Iterable[BlockHash]) -> None:
+        for name in names:
+            if name in self._held:
+                self._held.remove(name)
+                if self.lookup(name) is Lookup.HIT:
+                    self._unpin(self._slots[self._by_hash[name]])
 
     def discard(self, block_hash: BlockHash) -> bool:
         """Drops a block, e.g. because its bytes are damaged; returns whether it was there."""
@@ -329,7 +329,18 @@ class SlotTable:
     def check_pins(self, expected: dict[int, int]) -> None:
         """`expected`: pins by slot as their owners count them; absent is none."""
         for slot_id, slot in enumerate(self._slots):
-            assert slot.num_pins == expected.get(slot_id, 0), f"slot {slot_id}"
+            is_held = slot.state is SlotState.READY and not slot.dropped and slot.hash in self._held
+            assert slot.num_pins == expected.get(slot_id, 0) + is_held, f"slot {slot_id}"
+
+    def _pin(self, slot: _Slot) -> None:
+        slot.num_pins += 1
+        if slot.num_pins == 1 and not slot.dropped:
+            self._num_pinned += 1
+
+    def _unpin(self, slot: _Slot) -> None:
+        slot.num_pins -= 1
+        if slot.num_pins == 0 and not slot.dropped:
+            self._num_pinned -= 1
 
     def _publish(self, slot_id: int, checksum: bytes) -> None:
         slot = self._slots[slot_id]
@@ -338,6 +349,8 @@ class SlotTable:
         slot.checksum = checksum
         slot.stored_at = slot.used_at = self._clock()
         self._policy.insert(slot.hash, slot.parent)
+        if slot.hash in self._held:
+            self._pin(slot)
         self._events.append(BlockEvent(BlockEventKind.STORED, slot.hash))
 
     def _evict(self) -> bool:
@@ -367,6 +380,8 @@ class SlotTable:
         del self._by_hash[slot.hash]
         if slot.state is SlotState.READY:
             self._policy.remove(slot.hash)
+            if slot.hash in self._held:
+                self._unpin(slot)
             if slot.num_pins == 0:
                 self._release(slot_id)
                 return

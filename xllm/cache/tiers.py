@@ -27,6 +27,7 @@ How a request's blocks come up:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ from xllm.cache.tier import Lookup, SlotTable, TableStatistics, TierName
 from xllm.errors import ConfigError, TierIOError
 from xllm.protocol import BlockHash
 
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,10 @@ class TiersStatistics:
 
     tables: dict[TierName, TableStatistics]
     """Of the tiers that are there; a detached disk is not."""
+    block_bytes: int
     blocks_loaded: dict[TierName, int]
+    blocks_stored: dict[TierName, int]
+    """To host and disk."""
     load_bytes: dict[TierName, int]
     load_seconds: dict[TierName, float]
     bytes_per_s: dict[TierName, float | None]
@@ -81,13 +85,21 @@ class Tiers:
         self._mover = mover
         self._loader = Loader(device, mover, host, disk, clock)
         self._storer = Storer(device, mover, host, disk, disk_write_policy, cold_device_blocks)
+        self._held: set[BlockHash] = set()
         self._retries = 0
         """Attempts to attach that are under way."""
 
     @property
+    def names(self) -> list[TierName]:
+        """From fast to slow; a detached disk is one, too."""
+        tiers = [] if self.host is None else [TierName.HOST]
+        return tiers if self.disk is None else [*tiers, TierName.DISK]
+
+    @property
     def next_deadline(self) -> float | None:
         """When `poll` must be called next, if nothing ends before; on the clock given."""
-        return self._loader.next_deadline
+        deadlines = (self._loader.next_deadline, None if self.disk is None else self.disk.retry_at)
+        return min((at for at in deadlines if at is not None), default=None)
 
     @property
     def is_idle(self) -> bool:
@@ -154,9 +166,9 @@ class Tiers:
             table.touch(chain)
         self._storer.used(chain)
 
-    def evicted(self, block_hash: BlockHash) -> None:
+    def evicted(self, block_hash: BlockHash, block_id: int) -> None:
         """A device block has lost its name; called before anybody may write to it."""
-        self._storer.evicted(block_hash)
+        self._storer.evicted(block_hash, block_id)
 
     def cleared(self) -> None:
         """All device blocks have lost their names; called before anybody may write to them."""
@@ -176,6 +188,21 @@ class Tiers:
             )
         return num_blocks
 
+    def holders(self, block_hash: BlockHash) -> list[TierName]:
+        """Every tier that has the block, from fast to slow."""
+        return [tier for tier, table in self._tables() if table.lookup(block_hash) is Lookup.HIT]
+
+    def hold(self, names: Sequence[BlockHash]) -> None:
+        """Keeps these blocks, in every tier where they are or will be, until `unhold`."""
+        self._held.update(names)
+        for _, table in self._tables():
+            table.hold(names)
+
+    def unhold(self, names: Sequence[BlockHash]) -> None:
+        self._held.difference_update(names)
+        for _, table in self._tables():
+            table.unhold(names)
+
     def take_events(self) -> list[tuple[TierName, BlockEvent]]:
         """What changed in the tiers below the device since the last call, in order per tier."""
         events: list[tuple[TierName, BlockEvent]] = []
@@ -189,7 +216,12 @@ class Tiers:
         rates = self._loader.rates
         return TiersStatistics(
             tables={tier: table.statistics() for tier, table in self._tables()},
+            block_bytes=self._device.block_bytes,
             blocks_loaded=dict(self._loader.blocks_loaded),
+            blocks_stored={
+                TierName.HOST: self._storer.counters.num_to_host,
+                TierName.DISK: self._storer.counters.num_to_disk,
+            },
             load_bytes={tier: rate.total_bytes for tier, rate in rates.items()},
             load_seconds={tier: rate.total_seconds for tier, rate in rates.items()},
             bytes_per_s={tier: rate.bytes_per_s for tier, rate in rates.items()},
@@ -199,12 +231,19 @@ class Tiers:
         )
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Finishes the transfers that were begun, makes the disk durable, and ends the threads.
+        """Stores what is wanted below, makes the disk durable, and ends the threads.
 
-        No ticket may be loading. If a transfer hangs longer than `timeout_s`, it is left behind,
-        with its slot.
+        No ticket may be loading. After `timeout_s` what has not been begun stays undone, and a
+        transfer that hangs is left behind, with its slot.
         """
-        self._mover.close(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        self._storer.flush()
+        self._storer.pump()
+        while not self.is_idle and (left_s := deadline - time.monotonic()) > 0:
+            for transfer in self._mover.take_ended(wait_s=left_s):
+                transfer.on_end(transfer)
+            self._storer.pump()
+        self._mover.close(max(0.0, deadline - time.monotonic()))
         for transfer in self._mover.take_ended():
             transfer.on_end(transfer)
         if self.disk is not None:
@@ -250,6 +289,8 @@ class Tiers:
         result = attempt.attachment or transfer.error
         assert result is not None
         self.disk.complete_retry(result)
+        if self.disk.table is not None:
+            self.disk.table.hold(self._held)
 
 
 class _Attempt:

@@ -4,6 +4,7 @@
     /xllm/{namespace}/leader
     /xllm/{namespace}/workers/{worker_id}
     /xllm/{namespace}/load/{worker_id}
+    /xllm/{namespace}/cache/{worker_id}/{epoch}/...     docs/index-format.md
 
 Names of folders end with a slash, so that they can be used as prefixes; `leader` is a key.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xllm.errors import ConfigError
-from xllm.protocol import MasterId, WorkerId
+from xllm.protocol import Epoch, MasterId, WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +60,11 @@ class Keys:
 
     def load_of(self, worker_id: WorkerId) -> str:
         return f"{self.load}{worker_id}"
+
+    @property
+    def cache(self) -> str:
+        return f"{self.root}cache/"
+
+    def cache_of(self, worker_id: WorkerId, epoch: Epoch) -> str:
+        """The folder of one epoch of a worker."""
+        return f"{self.cache}{worker_id}/{epoch:016x}/"

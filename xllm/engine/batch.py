@@ -11,12 +11,37 @@ Sequences with one query row (decodes) come first: `num_decodes` of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from xllm.engine.scheduler import StepPlan
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class Staging(Protocol):
+    """Takes a step's arrays to the device."""
+
+    def upload(self, arrays: Sequence[npt.NDArray[np.integer]]) -> list[torch.Tensor]:
+        """Tensors of the same shapes and dtypes; valid until the next call but one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostIndices:
+    """What attention is planned by, in host memory; the same as `Batch`'s tensors."""
+
+    query_start_loc: Int32Array
+    """[B+1]"""
+    context_lens: Int32Array
+    """[B]"""
+    block_tables: Int32Array
+    """[B, M]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +66,8 @@ class Batch:
     num_decodes: int
     max_query_len: int
     max_context_len: int
+    host: HostIndices | None = None
+    """Where the device is not the host, so that nobody has to ask the device for them."""
 
     @property
     def num_tokens(self) -> int:
@@ -51,8 +78,11 @@ class Batch:
         return self.context_lens.shape[0]
 
 
-def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
-    """The tensors of a step that has at least one row."""
+def build_batch(
+    plan: StepPlan, block_size: int, device: torch.device, staging: Staging | None = None
+) -> Batch:
+    """The tensors of a step that has at least one row. With `staging` its arrays travel together,
+    and the batch keeps a copy in host memory."""
     items = plan.scheduled
     num_tokens = plan.num_tokens
     num_seqs = len(items)
@@ -78,15 +108,30 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         context_lens[b] = end
         logits_indices += [row - end + position for position in item.scored_positions]
         logits_indices += [row - 1] * item.num_samples
+    arrays = (
+        input_ids,
+        positions,
+        slot_mapping,
+        query_start_loc,
+        context_lens,
+        block_tables,
+        np.array(logits_indices, np.int64),
+    )
+    tensors = staging.upload(arrays) if staging else [_to_device(a, device) for a in arrays]
     return Batch(
-        input_ids=torch.from_numpy(input_ids).to(device, non_blocking=True),
-        positions=torch.from_numpy(positions).to(device, non_blocking=True),
-        slot_mapping=torch.from_numpy(slot_mapping).to(device, non_blocking=True),
-        query_start_loc=torch.from_numpy(query_start_loc).to(device, non_blocking=True),
-        context_lens=torch.from_numpy(context_lens).to(device, non_blocking=True),
-        block_tables=torch.from_numpy(block_tables).to(device, non_blocking=True),
-        logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
+        input_ids=tensors[0],
+        positions=tensors[1],
+        slot_mapping=tensors[2],
+        query_start_loc=tensors[3],
+        context_lens=tensors[4],
+        block_tables=tensors[5],
+        logits_indices=tensors[6],
         num_decodes=plan.num_decodes,
         max_query_len=max(item.num_tokens for item in items),
         max_context_len=int(context_lens.max()),
+        host=HostIndices(query_start_loc, context_lens, block_tables) if staging else None,
     )
+
+
+def _to_device(array: npt.NDArray[np.integer], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -24,28 +24,40 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, TypeVar
 
+from xllm.cache.admin import CacheAdmin
 from xllm.cache.block_hash import CacheRoot
-from xllm.cache.block_pool import BlockPool
+from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.kv_cache import KVCache
+from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
+from xllm.engine.limits import check_request, scheduler_limits
 from xllm.engine.outputs import StepOutputs
 from xllm.engine.request import Sequence
 from xllm.engine.runner import Runner
 from xllm.engine.sampler import SampledTokens
-from xllm.engine.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, StepPlan
+from xllm.engine.scheduler import Scheduler, StepPlan
 from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
-from xllm.errors import EngineFault, InvalidRequest, NoWorker, Overloaded, RequestError
-from xllm.protocol import GenerateRequest, SamplingParams, TokenDelta
+from xllm.engine.warm_up import warm_up_plans
+from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError, WorkerLost
+from xllm.protocol import GenerateRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[TokenDelta | RequestError], None]
 
+TiersFactory = Callable[[BlockPool, CacheRoot, Callable[[], None]], Tiers | None]
+"""Given the pool, the root, and what to call on any thread when the tiers have something to say."""
+
+T = TypeVar("T")
+
 MAX_OPEN_REQUESTS = 4096
 MAX_FAULTS_IN_A_ROW = 3
-WARM_UP_TOKENS = 512
+FLUSH_S = 1.0
+"""For the tiers to write what is still on its way to disk, when the engine stops."""
 IDLE_POLL_S = 0.05
 """Until the scheduler is asked again when requests are there and none can run."""
 
@@ -79,32 +91,47 @@ class RunningRequest:
 class Engine:
     """Runs requests on one `Runner`. Methods are for the event loop's thread."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        open_tiers: TiersFactory = lambda pool, root, on_ended: None,
+        observer: BlockObserver | None = None,
+    ) -> None:
+        """Takes the memory of all tiers, and blocks meanwhile. `observer`: of device blocks.
+
+        Raises: ConfigError.
+        """
         config = runner.config
         root = CacheRoot(
             fingerprint=runner.fingerprint,
             kv_dtype=runner.kv_dtype,
             block_size=config.block_size,
         )
-        pool = BlockPool(runner.num_blocks)
-        limits = SchedulerLimits(
-            max_tokens_per_batch=config.max_tokens_per_batch,
-            max_seqs_per_batch=config.max_seqs_per_batch,
-            max_model_len=runner.max_model_len,
-            max_tokens_per_chunk=config.max_tokens_per_chunk_for_prefill,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-        )
+        pool = BlockPool(runner.num_blocks, observer=observer)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        runner.allocate_cache(runner.num_blocks)
+        self.tiers: Final = open_tiers(pool, root, lambda: self._commands.put(_wake_up))
+        limits = scheduler_limits(config, runner.max_model_len)
         self.root = root
         self.max_model_len = runner.max_model_len
         self.vocab_size = runner.model_config.vocab_size
-        self.kv_cache = KVCache(pool, root, enable_prefix_cache=config.enable_prefix_cache)
+        self.kv_cache = KVCache(
+            pool, root, enable_prefix_cache=config.enable_prefix_cache, tiers=self.tiers
+        )
+        self.cache_admin = CacheAdmin(
+            self.kv_cache,
+            self.tiers,
+            max_pinned_blocks=runner.num_blocks - self.kv_cache.blocks_for(runner.max_model_len),
+        )
+        """For functions given to `call`."""
         self._runner = runner
         self._cost = StepCost()
         self._eos_token_ids = runner.model_config.eos_token_ids
         self._scheduler = Scheduler(self.kv_cache, limits, self._eos_token_ids, self._cost)
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._handles: set[RunningRequest] = set()
         """The event loop's: requests that have not ended."""
+        self._calls: set[asyncio.Future[Any]] = set()
+        """The event loop's: calls that have not been answered."""
         self._open: dict[int, RunningRequest] = {}
         """The engine thread's, by id of the request message, which the handle keeps alive."""
         self.observer: EngineObserver | None = None
@@ -143,7 +170,7 @@ class Engine:
 
         Raises: InvalidRequest, Overloaded.
         """
-        self._validate(request)
+        check_request(request, self.max_model_len, self.vocab_size)
         if self._closed is None or self._closed.done():
             raise NoWorker("the engine of this worker is not running")
         if len(self._handles) >= MAX_OPEN_REQUESTS:
@@ -157,6 +184,27 @@ class Engine:
         self._commands.put(lambda: self._begin(handle, arrival))
         return handle
 
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns on the engine's thread, between two steps: it may use the cache.
+
+        Raises: what it raises; NoWorker if the engine does not run.
+        """
+        if self._closed is None or self._closed.done() or self._loop is None:
+            raise NoWorker("the engine of this worker is not running")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+
+        def run() -> None:
+            try:
+                answer = partial(future.set_result, function())
+            except Exception as error:
+                answer = partial(future.set_exception, error)
+            self._post(lambda: None if future.done() else answer())
+
+        self._commands.put(run)
+        return await future
+
     def statistics(self) -> EngineStatistics:
         """As of the last step; any thread."""
         return self._statistics
@@ -164,23 +212,6 @@ class Engine:
     @property
     def step_counter(self) -> int:
         return self._statistics.num_steps
-
-    def _validate(self, request: GenerateRequest) -> None:
-        num_tokens = len(request.prompt_ids) + max(request.sampling.max_tokens, 1)
-        if not request.prompt_ids:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if request.sampling.max_tokens == 0:
-            num_tokens -= 1
-        if num_tokens > self.max_model_len:
-            raise InvalidRequest(
-                f"{len(request.prompt_ids)} prompt tokens and up to {request.sampling.max_tokens} "
-                f"output tokens are more than the {self.max_model_len} that this worker can hold",
-                param="max_tokens",
-            )
-        if max(request.prompt_ids) >= self.vocab_size or min(request.prompt_ids) < 0:
-            raise InvalidRequest(
-                f"token ids must be from 0 to {self.vocab_size - 1}", param="prompt"
-            )
 
     def _deliver(self, outbox: list[tuple[RunningRequest, TokenDelta | RequestError]]) -> None:
         for handle, item in outbox:
@@ -204,7 +235,10 @@ class Engine:
             listener = handle.listener
             handle.end()
             if listener is not None:
-                listener(EngineFault("the engine has stopped"))
+                listener(WorkerLost("the engine has stopped"))
+        for call in list(self._calls):
+            if not call.done():
+                call.set_exception(NoWorker("the engine has stopped"))
         for future in (self._started, self._closed):
             if future is not None and not future.done():
                 if error is None:
@@ -217,7 +251,7 @@ class Engine:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            self._runner.allocate_cache(self._runner.num_blocks)
+            self._runner.enter_thread()
             self._warm_up()
             self._post(self._set_started)
             has_run = False
@@ -228,6 +262,9 @@ class Engine:
         except BaseException as caught:
             error = caught
             logger.exception("engine_stopped")
+        if self.tiers is not None:
+            self._scheduler.abort_all()
+            self.tiers.close(FLUSH_S)
         self._post(lambda: self._set_closed(error))
 
     def _take_commands(self, *, may_sleep: bool) -> None:
@@ -273,6 +310,7 @@ class Engine:
         """Runs one step, if anything can run; False: nothing could."""
         if self._is_stopping:
             return False
+        self.cache_admin.expire()
         plan = self._scheduler.schedule()
         if not plan.scheduled:
             return False
@@ -313,8 +351,9 @@ class Engine:
     def _execute(self, plan: StepPlan, outputs: StepOutputs) -> SampledTokens:
         if plan.copies:
             self._runner.copy_blocks(plan.copies)
-        batch = build_batch(plan, self.kv_cache.block_size, self._runner.device)
-        return self._runner.execute(batch, outputs.sampling)
+        runner = self._runner
+        batch = build_batch(plan, self.kv_cache.block_size, runner.device, runner.staging)
+        return runner.execute(batch, outputs.sampling)
 
     def _fail(self, plan: StepPlan) -> None:
         """After a step that raised: nobody knows what its blocks hold, so nobody may use them."""
@@ -343,7 +382,7 @@ class Engine:
 
     def _publish(self) -> None:
         """One callback for all that the step brought, and a new snapshot."""
-        self._statistics = self._counters.snapshot(self._scheduler, self._cost)
+        self._statistics = self._counters.snapshot(self._scheduler, self._cost, self.tiers)
         if self._outbox:
             outbox, self._outbox = self._outbox, []
             self._post(lambda: self._deliver(outbox))
@@ -355,34 +394,16 @@ class Engine:
             self._loop.call_soon_threadsafe(callback)
 
     def _warm_up(self) -> None:
-        """Runs a prompt and a decode into blocks that nobody has yet: the first request finds
-        memory, threads and code warm, and routing finds measured rates."""
-        block_size = self.kv_cache.block_size
-        limits = self._scheduler.limits
-        num_tokens = min(
-            limits.max_tokens_per_batch,
-            limits.max_model_len - 1,
-            self.kv_cache.pool.num_blocks * block_size - 1,
-            WARM_UP_TOKENS,
-        )
-        few = min(num_tokens, WARM_UP_TOKENS // 8)
-        for start, num_rows in ((0, few), (few, 1), (0, num_tokens), (num_tokens, 1)):
-            seq = Sequence(_warm_up_request(start), 0, 0.0)
-            seq.token_ids.extend([0] * num_rows)
-            seq.num_computed_tokens = start
-            seq.block_table = list(range(self.kv_cache.blocks_for(num_tokens + 1)))
-            item = ScheduledSequence(seq, start, num_rows, 1)
-            plan = StepPlan([item], int(num_rows == 1), [])
-            outputs = StepOutputs(plan, (), self.vocab_size)
-            started = time.perf_counter()
-            self._execute(plan, outputs)
-            self._cost.observe(item.work, time.perf_counter() - started)
+        num_blocks, block_size = self.kv_cache.pool.num_blocks, self.kv_cache.block_size
+        # A GPU's kernels are compiled and its graphs captured by their first runs.
+        for is_cold in (False,) if self._runner.device.type == "cpu" else (True, False):
+            for plan in warm_up_plans(self._scheduler.limits, num_blocks, block_size):
+                outputs = StepOutputs(plan, (), self.vocab_size)
+                started = time.perf_counter()
+                self._execute(plan, outputs)
+                if not is_cold:
+                    self._cost.observe(plan.work, time.perf_counter() - started)
 
 
-def _warm_up_request(num_prompt_tokens: int) -> GenerateRequest:
-    return GenerateRequest(
-        request_id="warm-up",
-        model_id="",
-        prompt_ids=[0] * num_prompt_tokens,
-        sampling=SamplingParams(temperature=0.0, max_tokens=2),
-    )
+def _wake_up() -> None:
+    """A command that only ends the engine's sleep."""

@@ -19,7 +19,7 @@ from xllm.engine.batch import Batch
 from xllm.engine.kernels.interface import Kernels, Linear
 from xllm.engine.model_config import DecoderConfig
 from xllm.engine.rope import build_cos_sin
-from xllm.engine.weights import Checkpoint
+from xllm.engine.weights import WeightSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class ComposedDecoder:
     def __init__(
         self,
         config: DecoderConfig,
-        checkpoint: Checkpoint,
+        weights: WeightSource,
         kernels: Kernels,
         max_model_len: int,
         device: torch.device,
@@ -49,12 +49,10 @@ class ComposedDecoder:
         self._kernels = kernels
         self._scale = config.head_dim**-0.5
         self._cos_sin = build_cos_sin(config, max_model_len).to(device)
-        self._embedding = checkpoint.embedding()
-        self._layers = [
-            _load_layer(checkpoint, index, kernels) for index in range(config.num_layers)
-        ]
-        self._final_norm = checkpoint.final_norm()
-        lm_head = self._embedding if config.tie_word_embeddings else checkpoint.lm_head()
+        self._embedding = weights.embedding()
+        self._layers = [_load_layer(weights, index, kernels) for index in range(config.num_layers)]
+        self._final_norm = weights.final_norm()
+        lm_head = self._embedding if config.tie_word_embeddings else weights.lm_head()
         self._lm_head = kernels.linear(lm_head, None)
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
@@ -92,8 +90,8 @@ class ComposedDecoder:
         return kernels.attention(query, batch, kv_layer, self._scale).view(num_rows, -1)
 
 
-def _load_layer(checkpoint: Checkpoint, index: int, kernels: Kernels) -> _Layer:
-    weights = checkpoint.layer(index)
+def _load_layer(source: WeightSource, index: int, kernels: Kernels) -> _Layer:
+    weights = source.layer(index)
     return _Layer(
         input_norm=weights.input_norm,
         qkv=kernels.linear(weights.qkv, weights.qkv_bias),

@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
+from xllm.cache.memory import map_pages
 from xllm.config import EngineConfig
-from xllm.engine.batch import Batch
+from xllm.engine.batch import Batch, Staging
 from xllm.engine.kernels.interface import Decoder
 from xllm.engine.kernels.select import load_decoder
 from xllm.engine.memory import available_memory_bytes
 from xllm.engine.model_config import DecoderConfig, load_config
 from xllm.engine.sampler import SampledTokens, SamplingBatch, sample
-from xllm.engine.weights import Checkpoint, fingerprint
+from xllm.engine.staging import PinnedStaging
+from xllm.engine.weights import Checkpoint, WeightSource, fingerprint
 from xllm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,12 +53,16 @@ class Runner:
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
         if self.device.type == "cpu":
             torch.set_num_threads(self._num_threads)
-        self.model_config = load_config(model_path, config.max_model_len)
+        self.model_config, self.fingerprint = self._read_model(model_path)
         self.max_model_len = _pick_max_model_len(config, self.model_config)
         self.block_size = config.block_size
-        self.fingerprint = fingerprint(model_path, self.model_config)
-        self._decoder = self._load_decoder(model_path)
+        with torch.inference_mode(), self._open_weights(model_path) as weights:
+            self._decoder = self._load_decoder(weights)
         self.num_blocks = self._pick_num_blocks(config)
+        self.staging: Staging | None = None
+        """How batches get to the device, where that is not the host."""
+        if self.device.type == "cuda":
+            self.staging = PinnedStaging(self.device)
         self._cache = self._new_cache(0)
 
     @property
@@ -78,6 +85,11 @@ class Runner:
         """Replaces the KV cache by one of `num_blocks` blocks with undefined contents."""
         self._cache = self._new_cache(0)  # the old one goes first
         self._cache = self._new_cache(num_blocks)
+
+    def enter_thread(self) -> None:
+        """To be called first on the thread that executes steps."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
@@ -107,23 +119,33 @@ class Runner:
         """[R, V] float32: runs one step and samples nothing. For evaluation: R is not bounded."""
         return self._decoder.logits(self._decoder.forward(batch, self._cache))
 
-    def _load_decoder(self, model_path: Path) -> Decoder:
-        with (
-            torch.inference_mode(),
-            Checkpoint(model_path, self.model_config, self.dtype, self.device) as checkpoint,
-        ):
-            return load_decoder(
-                self.model_config,
-                checkpoint,
-                device=self.device,
-                dtype=self.dtype,
-                max_model_len=self.max_model_len,
-                num_threads=self._num_threads,
-            )
+    def _read_model(self, model_path: Path) -> tuple[DecoderConfig, str]:
+        """The model's configuration and fingerprint."""
+        model = load_config(model_path, self.config.max_model_len)
+        return model, fingerprint(model_path, model)
+
+    def _open_weights(self, model_path: Path) -> AbstractContextManager[WeightSource]:
+        return Checkpoint(model_path, self.model_config, self.dtype, self.device)
+
+    def _load_decoder(self, weights: WeightSource) -> Decoder:
+        return load_decoder(
+            self.model_config,
+            weights,
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_seqs=self.config.max_seqs_per_batch,
+            block_size=self.block_size,
+            num_threads=self._num_threads,
+        )
 
     def _new_cache(self, num_blocks: int) -> torch.Tensor:
         model = self.model_config
         block_shape = (model.num_layers, 2, self.block_size, model.num_kv_heads, model.head_dim)
+        if self.device.type == "cpu":
+            # Page-aligned, so that blocks can be read from disk without a copy in between.
+            pages = torch.from_numpy(map_pages(num_blocks * self.block_bytes))
+            return pages.view(self.dtype).view(num_blocks, *block_shape)
         return torch.empty((num_blocks, *block_shape), dtype=self.dtype, device=self.device)
 
     def _pick_num_blocks(self, config: EngineConfig) -> int:

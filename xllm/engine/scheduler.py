@@ -191,6 +191,11 @@ class Scheduler:
         for seq in [seq for seq in (*self.waiting, *self.running) if seq.group is request]:
             self._finish(seq, FinishReason.ABORT)
 
+    def abort_all(self) -> None:
+        """Ends every sequence, as if its client had gone away."""
+        for seq in (*self.waiting, *self.running):
+            self._finish(seq, FinishReason.ABORT)
+
     def schedule(self) -> StepPlan:
         """Decides the next step; the plan is empty when nothing can run."""
         self.poll_loads()
@@ -280,7 +285,7 @@ class Scheduler:
         for seq in list(self.waiting):
             if len(self.running) >= self.limits.max_seqs_per_batch:
                 return
-            match = self.kv_cache.match(seq, self._cost.token_s() * self.kv_cache.block_size)
+            match = self.kv_cache.match(seq, self._block_compute_s())
             if match.is_pending:
                 num_passed_over += 1
                 if num_passed_over == MAX_PASSED_OVER:
@@ -308,6 +313,12 @@ class Scheduler:
         seq.state = SequenceState.RUNNING
         if seq.cached_tokens is None:
             seq.cached_tokens = seq.cached_by_tier
+
+    def _block_compute_s(self) -> float | None:
+        """What loading a block has to beat; None: whoever set a timeout wants to wait for it."""
+        if self.limits.prefetch_timeout_s is not None:
+            return None
+        return self._cost.token_s() * self.kv_cache.block_size
 
     def _load_timeout_s(self, match: PrefixMatch) -> float:
         if self.limits.prefetch_timeout_s is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from xllm.cache.tier import TierName
+from xllm.cache.tiers import Tiers, TiersStatistics
 from xllm.engine.scheduler import Scheduler, StepPlan
 from xllm.engine.step_cost import StepCost, decode_work
 
@@ -51,6 +53,10 @@ class EngineStatistics:
     """Of a new prompt of RATE_PROMPT_TOKENS, by the fitted cost of a step."""
     decode_step_s: float = 0.0
     """Of one sequence with that context, likewise."""
+    hit_tokens_by_tier: dict[TierName, int] = field(default_factory=dict)
+    """Where `hit_tokens` came from."""
+    tiers: TiersStatistics | None = None
+    """Of what is below the device; None: nothing is."""
 
     @property
     def cache_usage(self) -> float:
@@ -76,7 +82,9 @@ class Counters:
         self.prompt_tokens += plan.num_tokens - plan.num_decodes
         self.generated_tokens += sum(item.num_samples for item in plan.scheduled)
 
-    def snapshot(self, scheduler: Scheduler, cost: StepCost) -> EngineStatistics:
+    def snapshot(
+        self, scheduler: Scheduler, cost: StepCost, tiers: Tiers | None
+    ) -> EngineStatistics:
         pool = scheduler.kv_cache.pool.statistics()
         cache = scheduler.kv_cache.statistics()
         return EngineStatistics(
@@ -102,4 +110,6 @@ class Counters:
             last_step_s=self.last_step_s,
             prefill_tokens_per_s=cost.prefill_tokens_per_s(RATE_PROMPT_TOKENS),
             decode_step_s=cost.predict(decode_work(RATE_PROMPT_TOKENS)),
+            hit_tokens_by_tier=cache.hit_tokens_by_tier,
+            tiers=None if tiers is None else tiers.statistics(),
         )

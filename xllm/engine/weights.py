@@ -16,7 +16,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import msgspec
 import torch
@@ -51,6 +51,18 @@ class LayerWeights:
     gate_up_bias: torch.Tensor | None
     down: torch.Tensor
     down_bias: torch.Tensor | None
+
+
+class WeightSource(Protocol):
+    """Where a decoder gets its weights: each tensor once, its own copy, of one dtype."""
+
+    def embedding(self) -> torch.Tensor: ...
+
+    def lm_head(self) -> torch.Tensor: ...
+
+    def final_norm(self) -> torch.Tensor: ...
+
+    def layer(self, index: int) -> LayerWeights: ...
 
 
 class _Index(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ from typing import Protocol
 from xllm.engine.scheduler import StepPlan
 from xllm.engine.statistics import EngineStatistics
 from xllm.protocol import Epoch, Watermark, WorkerLoad
+from xllm.roles.tier_report import collect_tiers, tiers_status
 from xllm.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class EngineReport:
         metrics.prefix_cache_queries.inc(now.queried_tokens - before.queried_tokens)
         metrics.prefix_cache_hits.inc(now.hit_tokens - before.hit_tokens)
         metrics.num_preemptions.inc(now.num_preemptions - before.num_preemptions)
+        collect_tiers(metrics, before, now)
 
     def load(self, epoch: Epoch, watermarks: dict[str, Watermark]) -> WorkerLoad:
         now = self._engine.statistics()
@@ -98,7 +100,7 @@ def status_line(before: EngineStatistics, now: EngineStatistics, period_s: float
     return (
         f"prompt_tokens_per_s={prefilled:.0f} output_tokens_per_s={generated:.0f} "
         f"running={now.num_running} waiting={now.num_waiting} "
-        f"cache_usage={now.cache_usage:.0%} hit_rate={hit_rate}"
+        f"cache_usage={now.cache_usage:.0%} hit_rate={hit_rate}{tiers_status(before, now)}"
     )
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from xllm.cache.block_pool import BlockObserver
+from xllm.cache.tier import TierName
 from xllm.config import EngineConfig
 from xllm.engine.engine import Engine
+from xllm.engine.lower_tiers import LowerTiersFactory, check_memory
 from xllm.engine.runner import Runner
 from xllm.engine.weights import weight_files
 from xllm.model_store import default_model_id, resolve_model
@@ -31,8 +35,9 @@ class LoadedModel:
     engine: Engine
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Finds or fetches the model, loads its weights, and says what it takes.
+def load_model(config: EngineConfig, observers: Mapping[TierName, BlockObserver]) -> LoadedModel:
+    """Finds or fetches the model, loads its weights, takes the memory of its cache, and says what
+    it takes.
 
     Raises: ConfigError.
     """
@@ -62,4 +67,6 @@ def load_model(config: EngineConfig) -> LoadedModel:
         vocab_size=runner.model_config.vocab_size,
         created=int(time.time()),
     )
-    return LoadedModel(folder, card, runner, Engine(runner))
+    check_memory(runner)
+    engine = Engine(runner, LowerTiersFactory(runner, observers), observers.get(TierName.DEVICE))
+    return LoadedModel(folder, card, runner, engine)

@@ -1,9 +1,18 @@
-"""What both roles tell operators, on a port of its own: /health and /metrics."""
+"""What operators see and do, on a port of its own.
+
+GET  /health            200 when the process can serve, else 503
+GET  /metrics           for Prometheus
+POST /admin/drain       a worker stops taking requests, lets running ones end, and ends itself;
+                        ?timeout=SECONDS instead of --drain_timeout
+
+and what the role adds.
+"""
 
 from __future__ import annotations
 
+import math
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -16,9 +25,21 @@ SHUTDOWN_S = 0.5
 class OperatorPort:
     """Serves from the start of a process, before it is ready."""
 
-    def __init__(self, metrics: Metrics, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        is_ready: Callable[[], bool],
+        routes: Iterable[web.RouteDef] = (),
+        max_body_bytes: int = 1 << 20,
+        drain: Callable[[float | None], float] | None = None,
+    ) -> None:
+        """`routes`: the role's own. `drain` begins to drain the process, in as many seconds as it
+        returns."""
         self._metrics = metrics
         self._is_ready = is_ready
+        self._routes = tuple(routes)
+        self._max_body_bytes = max_body_bytes
+        self._drain = drain
         self._collectors: list[Callable[[], None]] = []
 
     def add_collector(self, collect: Callable[[], None]) -> None:
@@ -26,10 +47,16 @@ class OperatorPort:
         self._collectors.append(collect)
 
     def runner(self) -> web.AppRunner:
-        app = web.Application()
+        app = web.Application(client_max_size=self._max_body_bytes)
         app.add_routes(
-            [web.get("/health", self._show_health), web.get("/metrics", self._show_metrics)]
+            [
+                web.get("/health", self._show_health),
+                web.get("/metrics", self._show_metrics),
+                *self._routes,
+            ]
         )
+        if self._drain is not None:
+            app.add_routes([web.post("/admin/drain", self._begin_drain)])
         return web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
 
     async def _show_health(self, request: web.Request) -> web.Response:
@@ -42,6 +69,20 @@ class OperatorPort:
             collect()
         return web.Response(
             body=self._metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE}
+        )
+
+    async def _begin_drain(self, request: web.Request) -> web.Response:
+        assert self._drain is not None
+        text = request.query.get("timeout")
+        try:
+            timeout_s = None if text is None else float(text)
+        except ValueError:
+            timeout_s = math.nan
+        if timeout_s is not None and not 0 <= timeout_s < math.inf:
+            error = f"timeout={text!r}: expected seconds"
+            return web.json_response({"error": error}, status=400)
+        return web.json_response(
+            {"status": "draining", "timeout": self._drain(timeout_s)}, status=202
         )
 
 

@@ -48,7 +48,8 @@ class Kernels(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(x + residual) in x's dtype, x + residual in the residual's, which is the same
-        or float32: a sum over all layers that is rounded only once)."""
+        or float32: a sum over all layers that is rounded only once). Both may be written over the
+        arguments."""
         ...
 
     def rope_and_write(

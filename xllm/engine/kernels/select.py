@@ -13,26 +13,48 @@ from xllm.engine.kernels.interface import Decoder
 from xllm.engine.kernels.torch_kernels import TorchKernels
 from xllm.engine.model import ComposedDecoder
 from xllm.engine.model_config import DecoderConfig
-from xllm.engine.weights import Checkpoint
+from xllm.engine.weights import WeightSource
 
 logger = logging.getLogger(__name__)
+
+_FLASHINFER_DTYPES = (torch.bfloat16, torch.float16)
+_FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 
 def load_decoder(
     config: DecoderConfig,
-    checkpoint: Checkpoint,
+    weights: WeightSource,
     *,
     device: torch.device,
     dtype: torch.dtype,
     max_model_len: int,
+    max_seqs: int,
+    block_size: int,
     num_threads: int,
 ) -> Decoder:
-    """The fastest decoder that works here, with the weights of `checkpoint`."""
+    """The fastest decoder that works here.
+
+    Raises:
+        ConfigError: what the device needs is not installed.
+    """
+    has_flashinfer = dtype in _FLASHINFER_DTYPES and config.head_dim in _FLASHINFER_HEAD_DIMS
+    if device.type == "cuda" and has_flashinfer:
+        from xllm.engine.kernels.cuda_graphs import CudaDecoder
+
+        return CudaDecoder(
+            config,
+            weights,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_seqs=max_seqs,
+            block_size=block_size,
+        )
     if device.type == "cpu" and NativeDecoder.supports(config, dtype):
         pool = _native_pool(num_threads)
         if pool is not None:
-            return NativeDecoder(config, checkpoint, pool, max_model_len)
-    return ComposedDecoder(config, checkpoint, TorchKernels(), max_model_len, device)
+            return NativeDecoder(config, weights, pool, max_model_len)
+    return ComposedDecoder(config, weights, TorchKernels(), max_model_len, device)
 
 
 def _native_pool(num_threads: int) -> Pool | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
 
 import torch
 
@@ -12,16 +11,7 @@ from xllm.engine.kernels.cpu import native
 from xllm.engine.kernels.cpu.native import LayerStruct, ModelStruct, PackedLinear, Pool, StepStruct
 from xllm.engine.model_config import DecoderConfig
 from xllm.engine.rope import build_cos_sin
-from xllm.engine.weights import LayerWeights
-
-
-class WeightSource(Protocol):
-    """What `weights.Checkpoint` offers: tensors of one dtype, float32 or bfloat16."""
-
-    def embedding(self) -> torch.Tensor: ...
-    def lm_head(self) -> torch.Tensor: ...
-    def final_norm(self) -> torch.Tensor: ...
-    def layer(self, index: int) -> LayerWeights: ...
+from xllm.engine.weights import LayerWeights, WeightSource
 
 
 class NativeDecoder:

@@ -1,0 +1,193 @@
+"""A worker that takes the time its rates say: one prompt after the other, decodes beside them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from simulation.trace import Arrival
+from xllm.cache.block_pool import BlockEvent, BlockEventKind
+from xllm.cache.event_codec import TierCode
+from xllm.protocol import BlockHash, Epoch, PrefillCost, WorkerId, WorkerLoad
+from xllm.roles.cost_model import MAX_STEP_S, prefill_s
+
+RATES_FILE = Path(__file__).with_name("rates.json")
+
+
+class Decode(msgspec.Struct, frozen=True):
+    step_s: float
+    sequence_s: float
+
+
+class Prefill(msgspec.Struct, frozen=True):
+    step_s: float
+    token_s: float
+    pair_s: float
+
+
+class Rates(msgspec.Struct, frozen=True):
+    source: str
+    block_size: int
+    prefill: Prefill
+    decode: Decode
+    device_blocks: int
+    tier_block_s: dict[str, float]
+
+
+def read_rates(path: Path) -> Rates:
+    return msgspec.json.decode(path.read_bytes(), type=Rates)
+
+
+@dataclass(slots=True)
+class Running:
+    """One request on its worker."""
+
+    arrival: Arrival
+    came_at: float
+    estimate_s: float = 0.0
+    prefix: tuple[int, ...] = (0, 0, 0)
+    finishes_at: float = 0.0
+
+
+class TierCache:
+    """Blocks of one tier by their last use, the longest ago first."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.used_at: OrderedDict[int, float] = OrderedDict()
+        self.events: list[BlockEvent] = []
+
+    def use(self, block: int, now: float) -> int | None:
+        """Stores or refreshes; returns what was evicted."""
+        if block in self.used_at:
+            self.used_at[block] = now
+            self.used_at.move_to_end(block)
+            return None
+        self.used_at[block] = now
+        self.events.append(BlockEvent(BlockEventKind.STORED, _name(block)))
+        if len(self.used_at) <= self.num_blocks:
+            return None
+        evicted, _ = self.used_at.popitem(last=False)
+        self.events.append(BlockEvent(BlockEventKind.REMOVED, _name(evicted)))
+        return evicted
+
+    def eviction_age_s(self, now: float) -> float | None:
+        if len(self.used_at) < self.num_blocks:
+            return None
+        return now - next(iter(self.used_at.values()))
+
+
+class SimulatedWorker:
+    """What is on the device is in host memory, too; what leaves host memory goes to disk."""
+
+    def __init__(self, worker_id: WorkerId, rates: Rates, tiers: Sequence[tuple[str, int]]) -> None:
+        """`tiers`: name and number of blocks of each, from the device down."""
+        self.worker_id = worker_id
+        self.rates = rates
+        self.cost = PrefillCost(rates.prefill.step_s, rates.prefill.token_s, rates.prefill.pair_s)
+        self.tiers = {name: TierCache(num_blocks) for name, num_blocks in tiers}
+        self._caches = list(self.tiers.values())
+        self._block_s = [0.0, *(rates.tier_block_s[name] for name, _ in tiers[1:])]
+        self.waiting: deque[Running] = deque()
+        self.computing: Running | None = None
+        self.num_decoding = 0
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.waiting) + (self.computing is not None) + self.num_decoding
+
+    def enqueue(self, arrival: Arrival, now: float) -> None:
+        running = Running(arrival, now)
+        running.prefix = self._match(arrival.hashes)
+        running.estimate_s = self._service_s(running)
+        self.waiting.append(running)
+
+    def start_next(self, now: float) -> Running | None:
+        """The next prompt begins to be computed, if none is; it says when it finishes."""
+        if self.computing is not None or not self.waiting:
+            return None
+        running = self.waiting.popleft()
+        running.prefix = self._match(running.arrival.hashes)
+        loading_s = sum(n * s for n, s in zip(running.prefix, self._block_s, strict=False))
+        loaded_at = running.came_at + loading_s
+        running.finishes_at = max(now, loaded_at) + self._service_s(running)
+        self.computing = running
+        return running
+
+    def finish(self, running: Running, now: float) -> None:
+        """The first token is there, and the prompt's blocks with it."""
+        self.computing = None
+        self.num_decoding += 1
+        device, *below = self._caches
+        for block in reversed(running.arrival.hashes):
+            device.use(block, now)
+            if below and (demoted := below[0].use(block, now)) is not None and len(below) > 1:
+                below[1].use(demoted, now)
+
+    def decode_s(self, num_output: int) -> float:
+        """From the first token to the last, as busy as it is now."""
+        return num_output * self.step_s
+
+    @property
+    def step_s(self) -> float:
+        decode = self.rates.decode
+        return decode.step_s + decode.sequence_s * self.num_decoding
+
+    def take_events(self) -> list[tuple[TierCode, list[BlockEvent]]]:
+        taken = []
+        for tier, cache in zip(TierCode, self._caches, strict=False):
+            if cache.events:
+                taken.append((tier, cache.events))
+                cache.events = []
+        return taken
+
+    def load(self, epoch: Epoch, now: float) -> WorkerLoad:
+        queue_s = sum(running.estimate_s for running in self.waiting)
+        tokens = sum(running.arrival.num_tokens for running in self.waiting)
+        if self.computing is not None:
+            queue_s += self.computing.finishes_at - now
+        ages = {name: cache.eviction_age_s(now) for name, cache in self.tiers.items()}
+        capacity = self.rates.device_blocks
+        used = (
+            (self.computing is not None) * len(self.computing.arrival.hashes)
+            if self.computing
+            else 0
+        )
+        return WorkerLoad(
+            epoch=epoch,
+            waiting_requests_num=len(self.waiting),
+            running_requests_num=self.num_decoding + (self.computing is not None),
+            waiting_tokens_num=tokens,
+            gpu_cache_usage_perc=min(1.0, used / capacity),
+            decode_step_s=self.step_s if self.num_decoding else 0.0,
+            queue_s=queue_s,
+            prefill_cost=self.cost,
+            tier_block_s={name: self.rates.tier_block_s[name] for name in list(self.tiers)[1:]},
+            eviction_age_s={name: age for name, age in ages.items() if age is not None},
+        )
+
+    def _match(self, hashes: Sequence[int]) -> tuple[int, ...]:
+        counts = [0] * len(self._caches)
+        caches = [cache.used_at for cache in self._caches]
+        for block in hashes:
+            for tier, cache in enumerate(caches):
+                if block in cache:
+                    counts[tier] += 1
+                    break
+            else:
+                break
+        return tuple(counts)
+
+    def _service_s(self, running: Running) -> float:
+        arrival = running.arrival
+        start = min(sum(running.prefix) * self.rates.block_size, arrival.num_tokens - 1)
+        share = 1.0 - self.step_s / MAX_STEP_S if self.num_decoding else 1.0
+        return prefill_s(self.cost, start, arrival.num_tokens - start) / max(share, 0.25)
+
+
+def _name(block: int) -> BlockHash:
+    return BlockHash(block.to_bytes(8, "little") + bytes(8))

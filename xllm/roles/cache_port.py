@@ -1,0 +1,173 @@
+"""What operators may ask of a worker's cache: POST /admin/cache/lookup, clear, pin and unpin.
+
+A prompt is given as `text`, `messages` or `token_ids`, and has the name that a request with it
+would have, `cache_salt` included. Everything is answered on the engine's thread, between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal
+
+from aiohttp import web
+from pydantic import Field, model_validator
+
+from xllm.cache.tier import TierName
+from xllm.errors import NoWorker, RequestError
+from xllm.protocol import ModelCard
+from xllm.roles.api.body import read_json, validate
+from xllm.roles.api.errors import error_response
+from xllm.roles.api.info import json_response
+from xllm.roles.api.prompts import PromptEncoder
+from xllm.roles.api.requests import ApiModel, ChatRequest, Message, Text, TokenIds
+from xllm.roles.api.sampling import check_vocabulary
+from xllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from xllm.engine.engine import Engine
+
+MAX_TTL_S = 30 * 86400
+
+
+class PromptBody(ApiModel):
+    """Body of lookup and unpin: exactly one of text, messages and token_ids."""
+
+    text: Text | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    token_ids: TokenIds | None = None
+    cache_salt: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> PromptBody:
+        given = [self.text, self.messages, self.token_ids]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("give one of text, messages and token_ids")
+        return self
+
+
+class PinBody(PromptBody):
+    """Body of pin."""
+
+    ttl: float = Field(gt=0, le=MAX_TTL_S, description="Seconds.")
+
+
+class ClearBody(ApiModel):
+    """Body of clear."""
+
+    tier: Literal["device", "host", "disk"] | None = Field(None, description="None: all of them.")
+
+
+class CachePort:
+    """The routes of one worker; they answer 503 until `open`."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
+        self._engine: Engine | None = None
+        self._card: ModelCard | None = None
+        self._load_tokenizer: Callable[[], Tokenizer] | None = None
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def routes(self) -> list[web.RouteDef]:
+        handlers = (self._lookup, self._clear, self._pin, self._unpin)
+        return [
+            web.post(f"/admin/cache/{handler.__name__.strip('_')}", _answering_errors(handler))
+            for handler in handlers
+        ]
+
+    def open(
+        self, engine: Engine, card: ModelCard, load_tokenizer: Callable[[], Tokenizer]
+    ) -> None:
+        """The engine runs. `load_tokenizer` is called when it is first needed, on a thread."""
+        self._engine, self._card, self._load_tokenizer = engine, card, load_tokenizer
+
+    async def _lookup(self, request: web.Request) -> web.Response:
+        body = validate(PromptBody, await read_json(request, self._max_body_bytes))
+        engine, token_ids = await self._prepare(body)
+        found = await engine.call(
+            lambda: engine.cache_admin.lookup(token_ids, body.cache_salt or "")
+        )
+        return json_response(
+            {
+                "prompt_tokens": len(token_ids),
+                "matched_tokens": found.num_matched,
+                "matched_tokens_by_tier": _by_name(found.matched_by_tier),
+                "held_tokens_by_tier": _by_name(found.held_by_tier),
+            }
+        )
+
+    async def _clear(self, request: web.Request) -> web.Response:
+        raw = await read_json(request, self._max_body_bytes) if request.can_read_body else {}
+        body = validate(ClearBody, raw)
+        engine = self._running_engine()
+        tier = None if body.tier is None else TierName(body.tier)
+        cleared = await engine.call(lambda: engine.cache_admin.clear(tier))
+        return json_response({"cleared_blocks": _by_name(cleared)})
+
+    async def _pin(self, request: web.Request) -> web.Response:
+        body = validate(PinBody, await read_json(request, self._max_body_bytes))
+        engine, token_ids = await self._prepare(body)
+        num_blocks = await engine.call(
+            lambda: engine.cache_admin.pin(token_ids, body.cache_salt or "", body.ttl)
+        )
+        return json_response({"prompt_tokens": len(token_ids), "pinned_blocks": num_blocks})
+
+    async def _unpin(self, request: web.Request) -> web.Response:
+        body = validate(PromptBody, await read_json(request, self._max_body_bytes))
+        engine, token_ids = await self._prepare(body)
+        num_blocks = await engine.call(
+            lambda: engine.cache_admin.unpin(token_ids, body.cache_salt or "")
+        )
+        return json_response({"prompt_tokens": len(token_ids), "unpinned_blocks": num_blocks})
+
+    async def _prepare(self, body: PromptBody) -> tuple[Engine, list[int]]:
+        """The engine, and the prompt's token ids. Raises: NoWorker, InvalidRequest."""
+        engine = self._running_engine()
+        if body.token_ids is not None:
+            assert self._card is not None
+            check_vocabulary(body.token_ids, self._card, param="token_ids")
+            return engine, body.token_ids
+        if self._tokenizer is None:
+            assert self._load_tokenizer is not None
+            self._tokenizer = await asyncio.to_thread(self._load_tokenizer)
+        with ThreadPoolExecutor(1, thread_name_prefix="encode") as executor:
+            encoder = PromptEncoder(executor)
+            if body.messages is not None:
+                chat = ChatRequest(
+                    messages=body.messages,
+                    chat_template_kwargs=body.chat_template_kwargs,
+                    add_generation_prompt=body.add_generation_prompt,
+                )
+                prompt = await encoder.chat(chat, self._tokenizer)
+            else:
+                assert body.text is not None
+                [prompt] = await encoder.texts(
+                    [body.text], self._tokenizer, add_special_tokens=True
+                )
+        return engine, prompt.token_ids
+
+    def _running_engine(self) -> Engine:
+        if self._engine is None:
+            raise NoWorker("the model is still being loaded; try again", retry_after_s=1)
+        return self._engine
+
+
+def _by_name(counts: Mapping[TierName, int]) -> dict[str, int]:
+    return {tier.value: count for tier, count in counts.items()}
+
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+def _answering_errors(handler: Handler) -> Handler:
+    async def answer(request: web.Request) -> web.Response:
+        try:
+            return await handler(request)
+        except RequestError as error:
+            return error_response(error)
+
+    return answer

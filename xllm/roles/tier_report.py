@@ -1,0 +1,101 @@
+"""What a worker says of its tiers: metrics, and their part of the status line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+from prometheus_client import Counter
+
+from xllm.cache.tier import TierName
+from xllm.cache.tiers import TiersStatistics
+from xllm.telemetry import Metrics
+
+if TYPE_CHECKING:
+    from xllm.engine.statistics import EngineStatistics
+
+LOCAL_TIERS = (TierName.DEVICE, TierName.HOST, TierName.DISK)
+
+
+class BlockMetrics:
+    """Feeds the histograms of one tier, on the engine's thread: a `BlockObserver`."""
+
+    def __init__(self, metrics: Metrics, tier: TierName) -> None:
+        self._reuse_gap = metrics.kv_block_reuse_gap_seconds.labels(tier)
+        self._lifetime = metrics.kv_block_lifetime_seconds.labels(tier)
+        self._idle = metrics.kv_block_idle_before_evict_seconds.labels(tier)
+
+    def block_reused(self, gap_s: float) -> None:
+        self._reuse_gap.observe(gap_s)
+
+    def block_evicted(self, lifetime_s: float, idle_s: float) -> None:
+        self._lifetime.observe(lifetime_s)
+        self._idle.observe(idle_s)
+
+
+def block_observers(metrics: Metrics) -> dict[TierName, BlockMetrics]:
+    return {tier: BlockMetrics(metrics, tier) for tier in LOCAL_TIERS}
+
+
+def collect_tiers(metrics: Metrics, before: EngineStatistics, now: EngineStatistics) -> None:
+    """Brings the tiers' metrics from one snapshot of the engine to the next."""
+    metrics.tier_blocks.labels(TierName.DEVICE).set(now.num_blocks)
+    metrics.tier_blocks_used.labels(TierName.DEVICE).set(
+        now.num_used_blocks + now.num_cached_blocks
+    )
+    metrics.tier_evictions.labels(TierName.DEVICE).inc(now.num_evictions - before.num_evictions)
+    for tier, tokens in now.hit_tokens_by_tier.items():
+        metrics.tier_hits.labels(tier).inc(tokens - before.hit_tokens_by_tier.get(tier, 0))
+    if now.tiers is not None:
+        _collect_lower(metrics, before.tiers, now.tiers)
+
+
+def tiers_status(before: EngineStatistics, now: EngineStatistics) -> str:
+    """` host=80% disk=12%`: how full the tiers are, with what went there; empty without tiers."""
+    if now.tiers is None:
+        return ""
+    text = ""
+    for tier, table in now.tiers.tables.items():
+        loaded = now.tiers.blocks_loaded[tier]
+        stored = now.tiers.blocks_stored[tier]
+        if before.tiers is not None:
+            loaded -= before.tiers.blocks_loaded[tier]
+            stored -= before.tiers.blocks_stored[tier]
+        usage = table.num_ready / table.num_slots
+        text += f" {tier}_usage={usage:.0%} {tier}_loaded={loaded} {tier}_stored={stored}"
+    return text
+
+
+def _collect_lower(metrics: Metrics, before: TiersStatistics | None, now: TiersStatistics) -> None:
+    for tier in (TierName.HOST, TierName.DISK):
+        table = now.tables.get(tier)
+        metrics.tier_blocks.labels(tier).set(0 if table is None else table.num_slots)
+        metrics.tier_blocks_used.labels(tier).set(0 if table is None else table.num_ready)
+    counted: Iterable[float] = (
+        repeat(0.0) if before is None else (value for _, value in _counts(metrics, before))
+    )
+    for (counter, value), old in zip(_counts(metrics, now), counted, strict=False):
+        # A disk that was detached comes back with books that begin at 0.
+        counter.inc(max(0.0, value - old))
+
+
+def _counts(metrics: Metrics, tiers: TiersStatistics) -> Iterator[tuple[Counter, float]]:
+    """Every counter with its value in a snapshot, always in the same order."""
+    for tier in (TierName.HOST, TierName.DISK):
+        table = tiers.tables.get(tier)
+        yield metrics.tier_promotions.labels(tier), tiers.blocks_loaded[tier]
+        yield metrics.tier_demotions.labels(tier), tiers.blocks_stored[tier]
+        yield metrics.tier_evictions.labels(tier), 0 if table is None else table.num_evictions
+        transfer = f"from_{tier}"
+        yield metrics.tier_transfer_bytes.labels(transfer), tiers.load_bytes[tier]
+        yield metrics.tier_transfer_seconds.labels(transfer), tiers.load_seconds[tier]
+        transfer = f"to_{tier}"
+        num_bytes = tiers.blocks_stored[tier] * tiers.block_bytes
+        yield metrics.tier_transfer_bytes.labels(transfer), num_bytes
+    yield metrics.tier_transfer_seconds.labels("to_host"), tiers.stores.copy_seconds
+    yield metrics.tier_transfer_seconds.labels("to_disk"), tiers.stores.write_seconds
+    yield metrics.tier_load_timeouts, tiers.loads.num_timeouts
+    yield metrics.tier_checksum_failures, tiers.loads.num_corrupt
+    yield metrics.tier_stores_dropped, tiers.stores.num_dropped + tiers.stores.num_torn
+    yield metrics.tier_detachments, tiers.num_detachments

@@ -46,11 +46,22 @@ class ApiConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingConfig:
+    """What a master does for a request beyond choosing its first worker."""
+
+    max_request_retries: int = 2
+    """How many workers may be lost under a request until it is given up."""
+    max_queue_time: float = 4.0
+    """Seconds that a new request may have to wait on the least busy worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MasterConfig:
     etcd: EtcdConfig = field(default_factory=EtcdConfig)
     net: HostConfig = field(default_factory=HostConfig)
     log: LogConfig = field(default_factory=LogConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     http_server_port: int = 8888
     rpc_server_port: int = 8889
     """Operators: health, metrics, admin. On loopback unless `--host` says otherwise."""
@@ -113,6 +124,8 @@ class WorkerConfig:
     """Token stream; with `enable_service_routing` false, the public API."""
     rpc_server_port: int = 0
     """Operators: health and metrics; 0: any free port, which is logged and registered."""
+    drain_timeout: float = 3.0
+    """Seconds that running requests get to end on a worker that leaves; then they move."""
     enable_cache_upload: bool = False
     enable_service_routing: bool = True
     enable_disagg_pd: bool = False

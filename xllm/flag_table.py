@@ -17,6 +17,7 @@ from xllm.config import (
     HostConfig,
     LogConfig,
     MasterConfig,
+    RoutingConfig,
     WorkerConfig,
 )
 from xllm.flag_types import (
@@ -163,6 +164,19 @@ MASTER_CONCERNS: tuple[Concern, ...] = (
                 choice("RR", "LEAST_LOAD"),
                 "How a worker is picked: in turns, or the one with the least to do.",
             ),
+            Flag(
+                RoutingConfig,
+                "max_request_retries",
+                integer("TIMES", 0, 100),
+                "How often a request goes on elsewhere after its worker was lost.",
+            ),
+            Flag(
+                RoutingConfig,
+                "max_queue_time",
+                decimal("SECONDS", 0.1, 86400),
+                "A request that would wait longer on every worker is refused with 429; some 64"
+                " may wait on each in any case.",
+            ),
         ),
     ),
 )
@@ -280,7 +294,7 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
                 WorkerConfig,
                 "enable_cache_upload",
                 BOOLEAN,
-                "Publish which blocks this worker holds.",
+                "Publish which blocks this worker holds: accepted, without effect yet.",
             ),
         ),
     ),
@@ -336,6 +350,13 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
                 "rpc_server_port",
                 _PORT,
                 "Health and metrics, for operators; 0 is any free port.",
+            ),
+            Flag(
+                WorkerConfig,
+                "drain_timeout",
+                decimal("SECONDS", 0, 86400),
+                "What running requests get to end, after SIGTERM or /admin/drain; then they move"
+                " to other workers.",
             ),
             Flag(
                 WorkerConfig,

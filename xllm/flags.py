@@ -23,6 +23,7 @@ from xllm.config import (
     HostConfig,
     LogConfig,
     MasterConfig,
+    RoutingConfig,
     WorkerConfig,
 )
 from xllm.errors import ConfigError
@@ -74,7 +75,7 @@ def parse_command_line(argv: Sequence[str]) -> MasterConfig | WorkerConfig | Ans
         "api": build(ApiConfig),
     }
     if role == "master":
-        master: MasterConfig = build(MasterConfig, **shared)
+        master: MasterConfig = build(MasterConfig, **shared, routing=build(RoutingConfig))
         return master
     worker: WorkerConfig = build(WorkerConfig, **shared, engine=build(EngineConfig))
     _check_worker(worker)

@@ -8,8 +8,9 @@
 The role runs on a thread of its own and the main thread only waits, because Python runs signal
 handlers on the main thread, between bytecodes: so a signal is answered at any moment, also while
 the role's thread imports torch or sits in a long call. The first signal cancels the role's task,
-which drains and returns; `STOP_DEADLINE_S` later, or at the second signal, the process ends as it
-is. It always ends by `os._exit`: a thread that hangs in a call must not keep it alive.
+which drains and returns; `STOP_DEADLINE_S` later (more, if a worker is asked to drain for longer),
+or at the second signal, the process ends as it is. It always ends by `os._exit`: a thread that
+hangs in a call must not keep it alive.
 
 This module imports next to nothing, so that the handlers are there before anything slow begins.
 """
@@ -38,6 +39,9 @@ EXIT_ETCD = 3
 STOP_DEADLINE_S = 4.5
 """From the first signal to the end of the process: 5 s are promised."""
 
+AFTER_DRAIN_S = 1.5
+"""Of it, what is left after a drain: the lease is given back, the engine ends its step."""
+
 _ROLE_ENDED = 0
 """No signal has this number."""
 
@@ -65,6 +69,7 @@ class Supervisor:
         os.set_blocking(self._wake_write, False)
         self._role_started = False
         self._stop_requested = False
+        self._stop_deadline_s = STOP_DEADLINE_S
         self._cancel_role: Callable[[], object] | None = None
         """None until the role's task exists; before that, there is nothing to drain."""
         self._exit_code = EXIT_ERROR
@@ -91,6 +96,8 @@ class Supervisor:
         if isinstance(config, Answer):
             print(config.text)
             return EXIT_OK
+        drain_timeout_s = getattr(config, "drain_timeout", 0.0)
+        self._stop_deadline_s = max(STOP_DEADLINE_S, drain_timeout_s + AFTER_DRAIN_S)
         role = threading.Thread(target=self._run_role, args=(config,), name="role", daemon=True)
         self._role_started = True
         role.start()
@@ -103,7 +110,7 @@ class Supervisor:
         event: int | None = None
         if self._cancel_role is not None:
             self._cancel_role()
-            event = self._next_event(STOP_DEADLINE_S)
+            event = self._next_event(self._stop_deadline_s)
         if event != _ROLE_ENDED:
             _terminate_children()
             return EXIT_OK

@@ -316,14 +316,22 @@ class Metrics:
     def _declare_cluster(self, registry: CollectorRegistry | None) -> None:
         """Membership and routing."""
         self.workers = Gauge(
-            "xllm_workers", "Known workers, by state.", ["state"], registry=registry
+            "xllm_workers",
+            "Known workers, by state; connecting: registered, but not reached from here.",
+            ["state"],
+            registry=registry,
+        )
+        self.worker_streams_lost = Counter(
+            "xllm_worker_streams_lost_total",
+            "Connections to workers that closed or went silent.",
+            registry=registry,
         )
         self.requests_routed = Counter(
             "xllm_requests_routed_total", "Requests sent to a worker.", registry=registry
         )
         self.requests_resubmitted = Counter(
             "xllm_requests_resubmitted_total",
-            "Requests sent to another worker after theirs was lost.",
+            "Requests sent to another worker after theirs was lost, left or refused them.",
             registry=registry,
         )
         self.etcd_connected = Gauge(

@@ -39,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=5, help="turns of value and limit")
     parser.add_argument(
-        "--rows", help="comma-separated beginnings of row names, such as decode,tbt_long; all"
+        "--rows",
+        help="comma-separated row names or their first words, such as decode,tbt_long; all",
     )
 
 
@@ -65,7 +66,7 @@ class _CpuBench:
         return rows
 
     def _wants(self, name: str) -> bool:
-        return name.startswith(self._wanted)
+        return any(not w or name == w or name.startswith(f"{w}_") for w in self._wanted)
 
     def _runner(self, dtype: str) -> Runner:
         config = EngineConfig(

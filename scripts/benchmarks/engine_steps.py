@@ -1,5 +1,8 @@
 """Steps of the engine, run one at a time on a `Runner`: timed whole, from plan to tokens.
 
+They run on a thread of their own, as the engine's do. It matters: torch's OpenMP threads spin after
+each operation as long as one thread alone uses them, and take a core from the native kernels.
+
 The KV of a decode's context is random; what it says does not matter to how long it takes.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -31,6 +35,7 @@ class StepBench:
         """num_tokens: the most that a step's sequences hold together."""
         self._runner = runner
         self._random = random.Random(0)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steps")
         runner.allocate_cache(-(-num_tokens // runner.block_size))
         with torch.inference_mode():
             runner.cache.normal_()
@@ -46,7 +51,7 @@ class StepBench:
             seq.block_table = list(range(index * per_seq, (index + 1) * per_seq))
             items.append(ScheduledSequence(seq, context_len - 1, 1, 1))
         plan = StepPlan(items, num_seqs, [])
-        return lambda: self._step(plan)
+        return lambda: self._on_thread([plan])
 
     def prefill(self, num_tokens: int, chunk_tokens: int) -> Callable[[], float]:
         """A prompt in chunks, and its first token: -> the seconds of all its steps."""
@@ -57,7 +62,7 @@ class StepBench:
             num_rows = min(chunk_tokens, num_tokens - start)
             is_last = start + num_rows == num_tokens
             plans.append(StepPlan([ScheduledSequence(seq, start, num_rows, int(is_last))], 0, []))
-        return lambda: sum(self._step(plan) for plan in plans)
+        return lambda: self._on_thread(plans)
 
     def sampling_seconds(self, step: Callable[[], float]) -> Callable[[], float]:
         """The part of `step` that is spent in the sampler."""
@@ -78,6 +83,9 @@ class StepBench:
             return seconds
 
         return run
+
+    def _on_thread(self, plans: list[StepPlan]) -> float:
+        return self._thread.submit(lambda: sum(map(self._step, plans))).result()
 
     def _step(self, plan: StepPlan) -> float:
         runner = self._runner

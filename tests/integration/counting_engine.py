@@ -19,7 +19,8 @@ from xllm.protocol import (
     WorkerId,
     WorkerInfo,
 )
-from xllm.roles.stream_server import Listener
+from xllm.roles.delta_queue import DeltaQueue, Listener
+from xllm.roles.stream_client import WorkerStream
 
 
 class CountingRequest:
@@ -83,6 +84,32 @@ class CountingEngine:
         while True:
             self.step()
             await asyncio.sleep(0.001)
+
+
+class Submitted(DeltaQueue):
+    """One attempt on a worker, to be iterated over."""
+
+    def __init__(self, stream: WorkerStream, request: GenerateRequest) -> None:
+        super().__init__()
+        self._num_open_samples = request.n
+        self._running = stream.submit(request, self._listen)
+
+    def cancel(self) -> None:
+        self._running.cancel()
+        self.end()
+
+    def _listen(self, news: TokenDelta | RequestError) -> None:
+        if isinstance(news, RequestError):
+            self.end(news)
+            return
+        self.push(news)
+        self._num_open_samples -= news.finish_reason is not None
+        if not self._num_open_samples:
+            self.end()
+
+
+def submit(stream: WorkerStream, request: GenerateRequest) -> Submitted:
+    return Submitted(stream, request)
 
 
 def make_info(worker_id: str = "w", **changes: object) -> WorkerInfo:

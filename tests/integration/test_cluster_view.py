@@ -13,12 +13,13 @@ from etcd_server import EtcdServer
 from xllm.coordination import EtcdClient, Fenced, Keys, Session
 from xllm.errors import ConfigError, NoWorker, UnknownModel, WorkerLost
 from xllm.protocol import Epoch, MasterId, TokenizerFiles, WorkerId, WorkerInfo, WorkerLoad
-from xllm.roles import membership
+from xllm.roles import membership, routed_generation
 from xllm.roles.cluster import Cluster
-from xllm.roles.cluster_backend import ClusterBackend, RoutedGeneration
+from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.global_scheduler import make_policy
 from xllm.roles.membership import WorkerMembership
 from xllm.roles.registry import MemberState
+from xllm.roles.routed_generation import RoutedGeneration
 from xllm.roles.stream import StreamLimits
 from xllm.roles.stream_server import StreamServer
 from xllm.telemetry import Metrics
@@ -78,6 +79,8 @@ class Worker:
 
     async def die(self) -> None:
         """Without a goodbye: the lease stays until it expires."""
+        for connection in list(self.server.connections):
+            connection.abort("killed")
         self.server.close()
         await self.end_tasks()
 
@@ -183,15 +186,16 @@ async def test_a_worker_that_stops_finishes_what_runs(
     await draining
 
 
-async def test_a_dead_worker_ends_its_requests_and_is_forgotten_with_its_lease(
-    master: Master, start_worker: StartWorker
+async def test_the_only_worker_dies_and_is_forgotten_with_its_lease(
+    master: Master, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(routed_generation, "PLACE_TIMEOUT_S", 0.2)
     a = await start_worker("a")
     await master.sees(a="ready")
     generation = master.backend.generate(make_request("r"))
     await until(lambda: bool(a.engine.running))
     await a.die()
-    with pytest.raises(WorkerLost):
+    with pytest.raises(WorkerLost, match="no other"):
         await tokens_of(generation)
     await master.sees(a="connecting")
     with pytest.raises(NoWorker):

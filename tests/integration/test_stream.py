@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from counting_engine import CountingEngine, make_info, make_request, until
+from counting_engine import CountingEngine, Submitted, make_info, make_request, submit, until
 
 from xllm.errors import EngineFault, InvalidRequest, NoWorker, WorkerLost
 from xllm.protocol import (
@@ -28,7 +28,7 @@ from xllm.protocol import (
 )
 from xllm.roles import frames
 from xllm.roles.stream import StreamLimits
-from xllm.roles.stream_client import StreamRequest, StreamState, WorkerStream
+from xllm.roles.stream_client import StreamState, WorkerStream
 from xllm.roles.stream_server import MasterConnection, StreamServer
 
 LIMITS = StreamLimits(min_backoff_s=0.01, max_backoff_s=0.05, ping_s=0.02)
@@ -81,13 +81,13 @@ async def cluster() -> AsyncIterator[Cluster]:
     await cluster.stop()
 
 
-async def tokens_of(opened: StreamRequest) -> list[int]:
+async def tokens_of(opened: Submitted) -> list[int]:
     return [token for delta in [d async for d in opened] for token in delta.token_ids]
 
 
 async def test_a_hundred_requests_share_one_connection(cluster: Cluster) -> None:
     stream = await cluster.connect()
-    opened = [stream.submit(make_request(f"r{i}", 1 + i % 7)) for i in range(100)]
+    opened = [submit(stream, make_request(f"r{i}", 1 + i % 7)) for i in range(100)]
     await until(lambda: len(cluster.engine.running) == 100)
     step_frames = 0
     handle = stream.handle
@@ -111,7 +111,7 @@ async def test_a_hundred_requests_share_one_connection(cluster: Cluster) -> None
 
 async def test_samples_of_one_request(cluster: Cluster) -> None:
     stream = await cluster.connect()
-    opened = stream.submit(make_request("r", 2, n=3, index=4))
+    opened = submit(stream, make_request("r", 2, n=3, index=4))
     await until(lambda: bool(cluster.engine.running))
     cluster.engine.step()
     cluster.engine.step()
@@ -123,8 +123,8 @@ async def test_samples_of_one_request(cluster: Cluster) -> None:
 
 async def test_cancel_stops_the_request_on_the_worker(cluster: Cluster) -> None:
     stream = await cluster.connect()
-    opened = stream.submit(make_request("r"))
-    other = stream.submit(make_request("other", 1))
+    opened = submit(stream, make_request("r"))
+    other = submit(stream, make_request("other", 1))
     await until(lambda: len(cluster.engine.running) == 2)
     opened.cancel()
     opened.cancel()
@@ -140,14 +140,14 @@ async def test_a_refusal_is_raised_again_as_what_it_was(cluster: Cluster) -> Non
     stream = await cluster.connect()
     cluster.engine.refuse_with = InvalidRequest("too long", param="prompt")
     with pytest.raises(InvalidRequest, match="too long") as caught:
-        await tokens_of(stream.submit(make_request("r")))
+        await tokens_of(submit(stream, make_request("r")))
     assert caught.value.param == "prompt"
     assert stream.num_requests == cluster.server.num_requests == 0
 
 
 async def test_an_error_in_the_middle_comes_after_the_tokens(cluster: Cluster) -> None:
     stream = await cluster.connect()
-    opened = stream.submit(make_request("r"))
+    opened = submit(stream, make_request("r"))
     await until(lambda: bool(cluster.engine.running))
     cluster.engine.step()
     cluster.engine.running[0].listener(EngineFault("broken"))
@@ -158,8 +158,8 @@ async def test_an_error_in_the_middle_comes_after_the_tokens(cluster: Cluster) -
 
 async def test_a_master_that_goes_takes_its_requests_along(cluster: Cluster) -> None:
     staying, going = await cluster.connect(name="s"), await cluster.connect(name="g")
-    staying.submit(make_request("staying"))
-    opened = going.submit(make_request("going"))
+    submit(staying, make_request("staying"))
+    opened = submit(going, make_request("going"))
     await until(lambda: len(cluster.engine.running) == 2)
     cluster.tasks[1].cancel()
     await until(lambda: cluster.engine.cancelled == ["going"])
@@ -170,7 +170,7 @@ async def test_a_master_that_goes_takes_its_requests_along(cluster: Cluster) -> 
 
 async def test_a_lost_connection_ends_every_request_and_is_made_again(cluster: Cluster) -> None:
     stream = await cluster.connect()
-    opened = [stream.submit(make_request(f"r{i}")) for i in range(3)]
+    opened = [submit(stream, make_request(f"r{i}")) for i in range(3)]
     await until(lambda: len(cluster.engine.running) == 3)
     cluster.engine.step()
     assert [(await anext(o)).token_ids for o in opened] == [[0]] * 3
@@ -183,7 +183,7 @@ async def test_a_lost_connection_ends_every_request_and_is_made_again(cluster: C
     assert len(cluster.engine.cancelled) == 3
     await until(lambda: stream.state is StreamState.UP)
     assert stream.session != session
-    again = stream.submit(make_request("r0", 1, attempt=1))
+    again = submit(stream, make_request("r0", 1, attempt=1))
     await until(lambda: bool(cluster.engine.running))
     cluster.engine.step()
     assert await tokens_of(again) == [0]
@@ -192,7 +192,7 @@ async def test_a_lost_connection_ends_every_request_and_is_made_again(cluster: C
 async def test_without_a_connection_nothing_is_accepted(cluster: Cluster) -> None:
     stream = WorkerStream(cluster.info(), MasterId("a"), limits=LIMITS)
     with pytest.raises(WorkerLost):
-        stream.submit(make_request("r"))
+        submit(stream, make_request("r"))
     with pytest.raises(WorkerLost):
         await stream.fetch_tokenizer()
 
@@ -220,7 +220,7 @@ async def test_a_stranger_at_the_address_gets_nothing(
 
 async def test_a_new_epoch_keeps_the_connection(cluster: Cluster) -> None:
     stream = await cluster.connect()
-    opened = stream.submit(make_request("r", 1))
+    opened = submit(stream, make_request("r", 1))
     await until(lambda: bool(cluster.engine.running))
     cluster.server.change_epoch(Epoch(8))
     stream.expect(cluster.info(epoch=Epoch(8)))
@@ -231,11 +231,11 @@ async def test_a_new_epoch_keeps_the_connection(cluster: Cluster) -> None:
 
 async def test_draining(cluster: Cluster) -> None:
     stream = await cluster.connect()
-    running = stream.submit(make_request("running", 1))
+    running = submit(stream, make_request("running", 1))
     await until(lambda: bool(cluster.engine.running))
     draining = asyncio.create_task(cluster.server.drain(timeout_s=5))
     await asyncio.sleep(0)
-    late = stream.submit(make_request("late"))
+    late = submit(stream, make_request("late"))
     with pytest.raises(NoWorker, match="draining"):
         await anext(late)
     assert stream.draining
@@ -256,13 +256,13 @@ async def test_the_tokenizer_comes_once_for_all_who_wait(cluster: Cluster) -> No
 
 async def test_load_reports_are_completed_with_what_they_do_not_know(cluster: Cluster) -> None:
     stream = await cluster.connect()
-    stream.submit(make_request("short", 1))
-    stream.submit(make_request("long", 9))
+    submit(stream, make_request("short", 1))
+    submit(stream, make_request("long", 9))
     await until(lambda: len(cluster.engine.running) == 2)
     report = WorkerLoad(epoch=Epoch(7), watermarks=cluster.server.watermarks())
     assert report.watermarks == {"a": Watermark(stream.session, 2, 0)}
     assert stream.unreported(report) == 0
-    stream.submit(make_request("new"))
+    submit(stream, make_request("new"))
     assert stream.unreported(report) == 1
     assert stream.unreported(None) == 3
     cluster.engine.step()
@@ -276,7 +276,7 @@ async def test_silence_makes_suspect_and_then_lost(cluster: Cluster) -> None:
     limits = replace(LIMITS, suspect_s=0.1, lost_s=0.4)
     stream = cluster.stream(limits=limits)
     await until(lambda: stream.state is StreamState.UP)
-    opened = stream.submit(make_request("r"))
+    opened = submit(stream, make_request("r"))
     for connection in cluster.server.connections:
         connection.send = lambda message: None  # type: ignore[method-assign]
     await until(lambda: stream.state is StreamState.SUSPECT)
@@ -308,7 +308,7 @@ async def test_a_master_that_does_not_read_is_cut_off_and_others_are_not(
     stream = await cluster.connect()
     _, writer = await raw_master(cluster)
     writer.write(encode(frames.Submit(make_request("slow", 10_000_000))))
-    other = stream.submit(make_request("other", 10_000_000))
+    other = submit(stream, make_request("other", 10_000_000))
     await until(lambda: len(cluster.engine.running) == 2)
     bulk = [TokenLogprob(0, 0.0, [(1, 1.0)] * 5000)]
     received = 0
@@ -327,7 +327,7 @@ async def test_an_answer_that_fits_no_frame_ends_only_its_request(
 ) -> None:
     monkeypatch.setattr(frames, "MAX_TO_MASTER_BYTES", 2000)
     stream = await cluster.connect()
-    large, small = stream.submit(make_request("large")), stream.submit(make_request("small", 1))
+    large, small = submit(stream, make_request("large")), submit(stream, make_request("small", 1))
     await until(lambda: len(cluster.engine.running) == 2)
     for running in list(cluster.engine.running):
         bulk = (

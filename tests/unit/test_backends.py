@@ -1,4 +1,4 @@
-"""Both backends of the HTTP layer, on what is below them."""
+"""The queue of deltas, and the backend of a worker that serves clients itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from xllm.errors import EngineFault, NoWorker, RequestError, UnknownModel, WorkerLost
+from xllm.errors import EngineFault, NoWorker, RequestError, UnknownModel
 from xllm.protocol import (
     FinishReason,
     GenerateRequest,
@@ -15,10 +15,8 @@ from xllm.protocol import (
     TokenDelta,
     WorkerId,
 )
-from xllm.roles.cluster_backend import RoutedGeneration
-from xllm.roles.delta_queue import DeltaQueue
+from xllm.roles.delta_queue import DeltaQueue, Listener
 from xllm.roles.local_backend import LocalBackend
-from xllm.roles.stream_server import Listener
 
 CARD = ModelCard(model_id="m", max_model_len=10, vocab_size=10, created=0)
 
@@ -123,29 +121,3 @@ async def test_a_local_generation_is_cancelled_in_the_engine() -> None:
     generation.cancel()
     assert engine.num_cancelled == 1
     assert [d async for d in generation] == []
-
-
-class FakeAttempt(DeltaQueue):
-    """A `StreamRequest` without a stream."""
-
-    def __init__(self, *deltas: TokenDelta) -> None:
-        super().__init__()
-        self.cancelled = False
-        for one in deltas:
-            self.push(one)
-        self.end()
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
-async def test_a_gap_in_the_output_ends_the_request() -> None:
-    attempt = FakeAttempt(delta(0), delta(0, index=1), delta(1), delta(3))
-    generation = RoutedGeneration(WorkerId("w"), attempt)  # type: ignore[arg-type]
-    deltas = aiter(generation)
-    received = [await anext(deltas) for _ in range(3)]
-    assert [(one.index, one.offset) for one in received] == [(0, 0), (1, 0), (0, 1)]
-    with pytest.raises(WorkerLost, match="2 to 3"):
-        await anext(deltas)
-    assert generation.num_received == {0: 2, 1: 1}
-    assert attempt.cancelled

@@ -12,7 +12,7 @@ from xllm.engine.batch import Batch
 from xllm.engine.engine import MAX_FAULTS_IN_A_ROW, Engine
 from xllm.engine.sampler import Draw, SampledTokens, SamplingBatch
 from xllm.engine.scheduler import StepPlan
-from xllm.errors import EngineFault, InvalidRequest, NoWorker, RequestError
+from xllm.errors import EngineFault, InvalidRequest, NoWorker, RequestError, WorkerLost
 from xllm.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta, TokenLogprob
 
 VOCAB = 100
@@ -220,7 +220,7 @@ async def test_stop_ends_open_requests_with_an_error(engine: Engine, runner: Fak
     stop = asyncio.create_task(engine.stop())
     runner.gate.set()
     await stop
-    assert isinstance(await client.error(), EngineFault)
+    assert isinstance(await client.error(), WorkerLost)
 
 
 @pytest.mark.parametrize(

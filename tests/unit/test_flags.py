@@ -13,6 +13,7 @@ from xllm.config import (
     HostConfig,
     LogConfig,
     MasterConfig,
+    RoutingConfig,
     WorkerConfig,
 )
 from xllm.errors import ConfigError
@@ -48,12 +49,12 @@ def test_without_flags_the_config_has_its_own_defaults() -> None:
 @pytest.mark.parametrize(
     ("role", "configs"),
     [
-        ("master", [MasterConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
+        ("master", [MasterConfig, RoutingConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
         ("worker", [WorkerConfig, EngineConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
     ],
 )
 def test_every_field_of_a_config_has_its_flag(role: str, configs: list[type]) -> None:
-    parts = {"etcd", "net", "log", "api", "engine"}
+    parts = {"etcd", "net", "log", "api", "engine", "routing"}
     wanted = {
         (config, field.name)
         for config in configs

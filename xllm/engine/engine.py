@@ -42,7 +42,7 @@ from xllm.engine.scheduler import Scheduler, StepPlan
 from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
 from xllm.engine.warm_up import warm_up_plans
-from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError
+from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError, WorkerLost
 from xllm.protocol import GenerateRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class Engine:
             listener = handle.listener
             handle.end()
             if listener is not None:
-                listener(EngineFault("the engine has stopped"))
+                listener(WorkerLost("the engine has stopped"))
         for call in list(self._calls):
             if not call.done():
                 call.set_exception(NoWorker("the engine has stopped"))

@@ -61,7 +61,10 @@ class Cluster:
                 self._sync_streams()
 
     def _make_stream(self, info: WorkerInfo) -> WorkerStream:
-        return WorkerStream(info, self._master_id, self._settle, self._limits)
+        return WorkerStream(
+            *(info, self._master_id, self._settle, self._limits),
+            on_lost=self._metrics.worker_streams_lost.inc,
+        )
 
     def _settle(self) -> None:
         """A stream has changed."""

@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+import math
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
-from xllm.errors import ConfigError, NoWorker, UnknownModel, WorkerLost
-from xllm.protocol import GenerateRequest, ModelCard, TokenDelta, WorkerId
-from xllm.roles.global_scheduler import Policy
+from xllm.config import RoutingConfig
+from xllm.errors import ConfigError, NoWorker, Overloaded, UnknownModel, WorkerLost
+from xllm.protocol import GenerateRequest, ModelCard, WorkerId
+from xllm.roles.admission import MIN_QUEUED
+from xllm.roles.delta_queue import Listener
+from xllm.roles.global_scheduler import Candidate, Policy
 from xllm.roles.registry import Registry
-from xllm.roles.stream_client import StreamRequest, WorkerStream
+from xllm.roles.routed_generation import Placed, RoutedGeneration
+from xllm.roles.stream_client import WorkerStream
 from xllm.telemetry import Metrics
 from xllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+MAX_RETRY_AFTER_S = 30
 
 
 class ClusterBackend:
@@ -27,11 +35,13 @@ class ClusterBackend:
         policy: Policy,
         metrics: Metrics,
         tokenizer: Tokenizer | None = None,
+        limits: RoutingConfig | None = None,
     ) -> None:
         """Without a `tokenizer` for all models, each model's comes from its workers."""
         self._registry = registry
         self._policy = policy
         self._metrics = metrics
+        self._limits = limits or RoutingConfig()
         self._fixed_tokenizer = tokenizer
         self._tokenizers: dict[str, Tokenizer] = {}
         """By fingerprint of the weights."""
@@ -77,39 +87,49 @@ class ClusterBackend:
         raise NoWorker("no worker could send the model's tokenizer; try again", retry_after_s=1)
 
     def generate(self, request: GenerateRequest) -> RoutedGeneration:
-        candidates = self._registry.candidates(request.model_id)
-        route = self._policy.route(request, candidates)
-        opened = self._registry.stream(route.worker_id).submit(request)
-        self._metrics.requests_routed.inc()
-        return RoutedGeneration(route.worker_id, opened)
+        return RoutedGeneration(
+            request,
+            self._place,
+            self._limits.max_request_retries,
+            on_move=self._metrics.requests_resubmitted.inc,
+        )
 
+    def _place(
+        self, request: GenerateRequest, listener: Listener, excluded: AbstractSet[WorkerId]
+    ) -> Placed:
+        """Routes one attempt and sends it.
 
-class RoutedGeneration:
-    """A `Generation` on a worker of the cluster.
+        Raises: UnknownModel, NoWorker, Overloaded, EngineFault.
+        """
+        while True:
+            candidates = self._registry.candidates(request.model_id, excluded)
+            if request.attempt == 0:
+                candidates = self._admitting(candidates)
+            worker_id = self._policy.route(request, candidates).worker_id
+            try:
+                opened = self._registry.stream(worker_id).submit(request, listener)
+            except WorkerLost:
+                excluded = excluded | {worker_id}
+            else:
+                self._metrics.requests_routed.inc()
+                return Placed(worker_id, opened.cancel)
 
-    `num_received` is what a second attempt elsewhere would start from: per sample, the output
-    tokens that have been passed on.
-    """
-
-    def __init__(self, worker_id: WorkerId, opened: StreamRequest) -> None:
-        self._worker_id = worker_id
-        self._opened = opened
-        self.num_received: dict[int, int] = {}
-
-    @property
-    def worker_id(self) -> WorkerId:
-        return self._worker_id
-
-    async def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        async for delta in self._opened:
-            received = self.num_received.get(delta.index, 0)
-            if delta.offset != received:
-                self.cancel()
-                raise WorkerLost(
-                    f"worker {self._worker_id} skipped tokens {received} to {delta.offset}"
-                )
-            self.num_received[delta.index] = received + len(delta.token_ids)
-            yield delta
-
-    def cancel(self) -> None:
-        self._opened.cancel()
+    def _admitting(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those that would begin a new request soon enough. Raises: Overloaded."""
+        limit_s = self._limits.max_queue_time
+        now = asyncio.get_running_loop().time()
+        admitting, least_s = [], math.inf
+        for candidate in candidates:
+            queue = self._registry.stream(candidate.worker_id).queue
+            rate = candidate.load.prefill_tokens_per_s if candidate.load is not None else 0.0
+            wait_s = queue.wait_s(rate, now)
+            if wait_s <= limit_s or queue.num_queued < MIN_QUEUED:
+                admitting.append(candidate)
+            least_s = min(least_s, wait_s)
+        if not admitting:
+            raise Overloaded(
+                f"a request would wait {least_s:.0f} s on the least busy worker, "
+                f"and --max_queue_time is {limit_s:g} s; try again later",
+                retry_after_s=min(math.ceil(least_s - limit_s), MAX_RETRY_AFTER_S),
+            )
+        return admitting

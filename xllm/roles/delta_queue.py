@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from xllm.errors import RequestError
 from xllm.protocol import TokenDelta
+
+Listener = Callable[[TokenDelta | RequestError], None]
+"""Called on the event loop's thread with every delta of a request, or its one error."""
 
 
 class DeltaQueue:

@@ -63,7 +63,7 @@ async def run_master(config: MasterConfig) -> None:
         )
         tokenizer = await _load_tokenizer(config)
         cluster = Cluster(info.master_id, metrics)
-        backend = ClusterBackend(cluster.registry, policy, metrics, tokenizer)
+        backend = ClusterBackend(cluster.registry, policy, metrics, tokenizer, config.routing)
         operator = OperatorPort(metrics, is_ready=lambda: bool(backend.model_cards()))
         operator.add_collector(cluster.collect)
         await stack.enter_async_context(serve(operator.runner(), operator_socket))

@@ -65,6 +65,11 @@ class WorkerMembership:
         await self._session.register(self._keys.load_of(info.worker_id), self._encode_load)
         self._metrics.lease_epochs.inc()
 
+    async def publish_info(self) -> None:
+        """Writes the registration again, because it has changed."""
+        key = self._keys.worker(self._make_info(self._session.epoch).worker_id)
+        await self._session.update(key, self._encode_info)
+
     async def publish_load(self) -> None:
         """Writes the load when it has changed, at most once per period, until cancelled."""
         info = self._make_info(self._session.epoch)

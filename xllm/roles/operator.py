@@ -1,7 +1,16 @@
-"""What a process tells operators, on a port of its own: /health, /metrics, and the role's own."""
+"""What operators see and do, on a port of its own.
+
+GET  /health            200 when the process can serve, else 503
+GET  /metrics           for Prometheus
+POST /admin/drain       a worker stops taking requests, lets running ones end, and ends itself;
+                        ?timeout=SECONDS instead of --drain_timeout
+
+and what the role adds.
+"""
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -22,12 +31,15 @@ class OperatorPort:
         is_ready: Callable[[], bool],
         routes: Iterable[web.RouteDef] = (),
         max_body_bytes: int = 1 << 20,
+        drain: Callable[[float | None], float] | None = None,
     ) -> None:
-        """`routes`: the role's own."""
+        """`routes`: the role's own. `drain` begins to drain the process, in as many seconds as it
+        returns."""
         self._metrics = metrics
         self._is_ready = is_ready
         self._routes = tuple(routes)
         self._max_body_bytes = max_body_bytes
+        self._drain = drain
         self._collectors: list[Callable[[], None]] = []
 
     def add_collector(self, collect: Callable[[], None]) -> None:
@@ -43,6 +55,8 @@ class OperatorPort:
                 *self._routes,
             ]
         )
+        if self._drain is not None:
+            app.add_routes([web.post("/admin/drain", self._begin_drain)])
         return web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
 
     async def _show_health(self, request: web.Request) -> web.Response:
@@ -55,6 +69,20 @@ class OperatorPort:
             collect()
         return web.Response(
             body=self._metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE}
+        )
+
+    async def _begin_drain(self, request: web.Request) -> web.Response:
+        assert self._drain is not None
+        text = request.query.get("timeout")
+        try:
+            timeout_s = None if text is None else float(text)
+        except ValueError:
+            timeout_s = math.nan
+        if timeout_s is not None and not 0 <= timeout_s < math.inf:
+            error = f"timeout={text!r}: expected seconds"
+            return web.json_response({"error": error}, status=400)
+        return web.json_response(
+            {"status": "draining", "timeout": self._drain(timeout_s)}, status=202
         )
 
 

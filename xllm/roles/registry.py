@@ -21,6 +21,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -204,12 +205,18 @@ class Registry(Generic[StreamT]):
                 cards[card.model_id] = card
         return [cards[model_id] for model_id in sorted(cards)]
 
-    def usable(self, model_id: str) -> list[Member[StreamT]]:
+    def usable(
+        self, model_id: str, excluded: AbstractSet[WorkerId] = frozenset()
+    ) -> list[Member[StreamT]]:
         """The workers that may get a request of the model, by id; never empty.
 
         Raises: UnknownModel, NoWorker.
         """
-        members = [member for member in self._usable() if member.model_id == model_id]
+        members = [
+            member
+            for member in self._usable()
+            if member.model_id == model_id and member.info.worker_id not in excluded
+        ]
         ready = [member for member in members if member.state is MemberState.READY]
         if members:
             return sorted(ready or members, key=lambda member: member.info.worker_id)
@@ -217,10 +224,12 @@ class Registry(Generic[StreamT]):
             raise NoWorker("no worker can serve at the moment; try again", retry_after_s=1)
         raise UnknownModel(f"no worker serves the model {model_id!r}", param="model")
 
-    def candidates(self, model_id: str) -> list[Candidate]:
+    def candidates(
+        self, model_id: str, excluded: AbstractSet[WorkerId] = frozenset()
+    ) -> list[Candidate]:
         """`usable`, as a policy sees it. Raises: UnknownModel, NoWorker."""
         candidates = []
-        for member in self.usable(model_id):
+        for member in self.usable(model_id, excluded):
             assert member.stream is not None
             load = self._loads.get(member.info.worker_id)
             unreported = member.stream.unreported(load)

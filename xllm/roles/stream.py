@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from xllm.roles import frames
+from xllm.roles.liveness import Silence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,9 @@ class StreamLimits:
     ping_s: float = 0.5
     suspect_s: float = 1.5
     """Silence after which a worker gets new requests only if all are suspect."""
-    lost_s: float = 10.0
+    stuck_s: float = 5.0
+    """The same for a worker that answers, but runs requests without making a step."""
+    lost_s: float = 3.0
     """Silence after which the other side is gone, though its connection is open."""
     unsent_bytes: int = 4 << 20
     stalled_s: float = 5.0
@@ -48,7 +51,7 @@ class FrameProtocol(asyncio.Protocol):
     def __init__(self, limits: StreamLimits, max_send_bytes: int) -> None:
         self.limits = limits
         self.loop = asyncio.get_running_loop()
-        self.last_received = self.loop.time()
+        self.silence = Silence(limits.ping_s, self.loop.time())
         self.closed = False
         self._max_send_bytes = max_send_bytes
         self._splitter = frames.FrameSplitter()
@@ -136,11 +139,11 @@ class FrameProtocol(asyncio.Protocol):
         connected_socket = transport.get_extra_info("socket")
         with contextlib.suppress(OSError, AttributeError):
             connected_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.last_received = self.loop.time()
+        self.silence = Silence(self.limits.ping_s, self.loop.time())
         self.on_open()
 
     def data_received(self, data: bytes) -> None:
-        self.last_received = self.loop.time()
+        self.silence.heard(self.loop.time())
         try:
             for frame in self._splitter.feed(data):
                 if self.closed:

@@ -4,9 +4,9 @@
         ^                      │ <──a frame──    │
         └──────── connection closed, or silent for too long
 
-When the connection is lost, every request open on it raises `WorkerLost`: the caller decides
-whether another worker takes it over. A request is one attempt on one worker; frames of an attempt
-that is not open here any more are dropped.
+A request is one attempt on one worker. When the connection is lost, every request open on it ends
+with `WorkerLost`, or with `NoWorker` if the worker said goodbye: whoever listens decides whether
+another worker takes it over. Frames of an attempt that is not open here any more are dropped.
 
 A worker is known by its id and epoch. Reaching another one at its address (a restart that etcd has
 not told of yet, an address used again) ends the connection before anything is submitted.
@@ -20,9 +20,8 @@ import logging
 import random
 from collections.abc import Callable
 
-from xllm.errors import REQUEST_ERRORS, EngineFault, WorkerLost
+from xllm.errors import REQUEST_ERRORS, EngineFault, RequestError, WorkerLost
 from xllm.protocol import (
-    PROTOCOL_VERSION,
     GenerateRequest,
     MasterId,
     TokenDelta,
@@ -32,8 +31,11 @@ from xllm.protocol import (
     WorkerLoad,
 )
 from xllm.roles import frames
-from xllm.roles.delta_queue import DeltaQueue
-from xllm.roles.stream import FrameProtocol, StreamLimits
+from xllm.roles.admission import QueueMeter
+from xllm.roles.delta_queue import Listener
+from xllm.roles.liveness import Health, StepWatch, judge
+from xllm.roles.stream import StreamLimits
+from xllm.roles.stream_connection import WorkerConnection
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class StreamState(enum.StrEnum):
     CONNECTING = "connecting"
     UP = "up"
     SUSPECT = "suspect"
-    """Connected, but silent."""
+    """Connected, but silent, or without progress."""
 
 
 class WorkerStream:
@@ -57,6 +59,7 @@ class WorkerStream:
         on_change: Callable[[], None] = lambda: None,
         limits: StreamLimits | None = None,
         rng: random.Random | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.info = info
         self.state = StreamState.CONNECTING
@@ -67,13 +70,16 @@ class WorkerStream:
         """Of the current connection; counts below are of it, too."""
         self.num_sent = 0
         self.num_ended = 0
+        self.queue = QueueMeter()
         self.master_id = master_id
         self.on_change = on_change
+        self.on_lost = on_lost
         self.limits = limits or StreamLimits()
         self.rng = rng or random.Random()
-        self._connection: _WorkerConnection | None = None
+        self._connection: WorkerConnection | None = None
         self._open: dict[RequestKey, StreamRequest] = {}
         """By sample: a request is here once per sample that has not ended."""
+        self._steps = StepWatch(0.0)
         self._tokenizer: asyncio.Future[TokenizerFiles] | None = None
 
     @property
@@ -92,20 +98,23 @@ class WorkerStream:
             received, ended = watermark.received, watermark.ended
         return max(0, self.num_sent - received) - max(0, self.num_ended - ended)
 
-    def submit(self, request: GenerateRequest) -> StreamRequest:
+    def submit(self, request: GenerateRequest, listener: Listener) -> StreamRequest:
         """Sends one attempt. (request_id, attempt, sample index) must not be open here.
 
         Raises: WorkerLost when there is no connection; EngineFault when it does not fit a frame.
         """
+        if self._connection is not None:
+            opened = StreamRequest(self, request, listener)
+            assert not any(key in self._open for key in opened.open_keys)
+            try:
+                self._connection.send(frames.Submit(request))
+            except frames.FrameError as error:
+                raise EngineFault(str(error)) from error
+        # A worker that does not read is given up when more is to be sent to it.
         if self._connection is None:
             raise WorkerLost(f"worker {self.worker_id} is not connected")
-        opened = StreamRequest(self, request)
-        assert not any(key in self._open for key in opened.open_keys)
-        try:
-            self._connection.send(frames.Submit(request))
-        except frames.FrameError as error:
-            raise EngineFault(str(error)) from error
         self.num_sent += 1
+        self.queue.add(opened.num_tokens, self._now())
         for key in opened.open_keys:
             self._open[key] = opened
         return opened
@@ -139,7 +148,7 @@ class WorkerStream:
         backoff_s = self.limits.min_backoff_s
         last_reason = ""
         while True:
-            connection = _WorkerConnection(self)
+            connection = WorkerConnection(self)
             try:
                 if await self._connect(connection):
                     backoff_s = self.limits.min_backoff_s
@@ -149,8 +158,8 @@ class WorkerStream:
                 connection.abort("this master stops")
             if connection.close_reason != last_reason:
                 last_reason = connection.close_reason
-                logger.info(
-                    "worker_not_connected worker_id=%s address=%s reason=%r",
+                logger.warning(
+                    "worker_unreachable worker_id=%s address=%s reason=%r",
                     self.worker_id,
                     self.info.address,
                     last_reason,
@@ -158,7 +167,7 @@ class WorkerStream:
             await asyncio.sleep(backoff_s * self.rng.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, self.limits.max_backoff_s)
 
-    async def _connect(self, connection: _WorkerConnection) -> bool:
+    async def _connect(self, connection: WorkerConnection) -> bool:
         """Whether there is a connection and its handshake is done."""
         host, _, port = self.info.address.rpartition(":")
         loop = asyncio.get_running_loop()
@@ -174,27 +183,31 @@ class WorkerStream:
 
     # What the connection reports
 
-    def connection_up(self, connection: _WorkerConnection, session: int) -> None:
+    def connection_up(self, connection: WorkerConnection, session: int) -> None:
         self._connection = connection
         self.session = session
         self.num_sent = self.num_ended = 0
         self.draining = False
+        self._steps = StepWatch(self._now())
         self._change_state(StreamState.UP)
 
-    def connection_lost(self, connection: _WorkerConnection, reason: str) -> None:
+    def connection_lost(self, connection: WorkerConnection, error: RequestError) -> None:
         if self._connection is not connection:
             return
         self._connection = None
-        lost = dict.fromkeys(self._open.values())
-        self._open.clear()
-        self.num_ended = self.num_sent
-        self._change_state(StreamState.CONNECTING)
-        error = f"worker {self.worker_id} was lost: {reason}"
+        lost = list(dict.fromkeys(self._open.values()))
+        logger.warning(
+            "worker_lost worker_id=%s num_requests=%d reason=%r",
+            *(self.worker_id, len(lost), error.message),
+        )
         for opened in lost:
-            opened.open_keys.clear()
-            opened.end(WorkerLost(error))
+            self._forget(opened)
+        self.on_lost()
+        self._change_state(StreamState.CONNECTING)
+        for opened in lost:
+            opened.listener(error)
         if self._tokenizer is not None and not self._tokenizer.done():
-            self._tokenizer.set_exception(WorkerLost(error))
+            self._tokenizer.set_exception(WorkerLost(error.message))
             self._tokenizer.exception()
         self._tokenizer = None
 
@@ -207,6 +220,7 @@ class WorkerStream:
                 self._take_refusal(message)
             case frames.Pong(step_counter):
                 self.step_counter = step_counter
+                self._steps.report(step_counter, is_busy=bool(self._open), now=self._now())
             case frames.TokenizerReply(files):
                 if self._tokenizer is not None and not self._tokenizer.done():
                     self._tokenizer.set_result(files)
@@ -216,11 +230,16 @@ class WorkerStream:
             case _:
                 raise frames.FrameError(f"unexpected {type(message).__name__}")
 
-    def silent_for(self, silence_s: float) -> None:
-        suspect = silence_s > self.limits.suspect_s
-        state = StreamState.SUSPECT if suspect else StreamState.UP
-        if self._connection is not None and state is not self.state:
+    def judge(self, silence_s: float) -> Health:
+        """To be called now and then while connected."""
+        limits = self.limits
+        health = judge(silence_s, suspect_s=limits.suspect_s, lost_s=limits.lost_s)
+        is_stuck = self._steps.stalled_s(self._now()) > limits.stuck_s
+        is_up = health is Health.ALIVE and not is_stuck
+        state = StreamState.UP if is_up else StreamState.SUSPECT
+        if state is not self.state:
             self._change_state(state)
+        return health
 
     def _change_state(self, state: StreamState) -> None:
         if state is not self.state:
@@ -235,13 +254,13 @@ class WorkerStream:
         opened = self._open.get(key)
         if opened is None:
             return
-        opened.push(delta)
+        self._leave_queue(opened, has_begun=True)
         if delta.finish_reason is not None:
             del self._open[key]
             opened.open_keys.discard(key)
             if not opened.open_keys:
                 self.num_ended += 1
-                opened.end()
+        opened.listener(delta)
 
     def _take_refusal(self, refused: frames.Refused) -> None:
         opened = self._open.get((refused.request_id, refused.attempt, refused.index))
@@ -249,7 +268,7 @@ class WorkerStream:
             return
         self._forget(opened)
         error_class = REQUEST_ERRORS.get(refused.label, EngineFault)
-        opened.end(
+        opened.listener(
             error_class(refused.message, param=refused.param, retry_after_s=refused.retry_after_s)
         )
 
@@ -257,7 +276,6 @@ class WorkerStream:
         """Tells the worker, unless the request has ended."""
         if opened.open_keys:
             self._forget(opened)
-            opened.end()
             if self._connection is not None:
                 request = opened.request
                 self._connection.send(
@@ -269,17 +287,28 @@ class WorkerStream:
             self._open.pop(key, None)
         opened.open_keys.clear()
         self.num_ended += 1
+        self._leave_queue(opened, has_begun=False)
+
+    def _leave_queue(self, opened: StreamRequest, *, has_begun: bool) -> None:
+        if opened.is_queued:
+            opened.is_queued = False
+            self.queue.remove(opened.num_tokens, self._now(), has_begun=has_begun)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
 
-class StreamRequest(DeltaQueue):
-    """One attempt of a request on one worker; ends with WorkerLost, or what the worker refused it
-    with, or after the last delta of each sample."""
+class StreamRequest:
+    """One attempt of a request on one worker. Its end is the last delta of each sample, or one
+    error: what the worker refused it with, or that the worker is gone."""
 
-    __slots__ = ("_stream", "open_keys", "request")
+    __slots__ = ("_stream", "is_queued", "listener", "open_keys", "request")
 
-    def __init__(self, stream: WorkerStream, request: GenerateRequest) -> None:
-        super().__init__()
+    def __init__(self, stream: WorkerStream, request: GenerateRequest, listener: Listener) -> None:
         self.request = request
+        self.listener = listener
+        self.is_queued = True
+        """It has no token yet."""
         self.open_keys = {
             (request.request_id, request.attempt, index)
             for index in range(request.index, request.index + request.n)
@@ -287,79 +316,11 @@ class StreamRequest(DeltaQueue):
         """Samples that have not ended."""
         self._stream = stream
 
+    @property
+    def num_tokens(self) -> int:
+        """To be computed before its first token."""
+        return len(self.request.prompt_ids) + len(self.request.output_ids)
+
     def cancel(self) -> None:
-        """Stops it; what has arrived can still be read. Idempotent, also after the end."""
+        """Stops it; the listener is not called any more. Idempotent, also after the end."""
         self._stream.cancel(self)
-
-
-class _WorkerConnection(FrameProtocol):
-    """One connection to a worker; reports to its `WorkerStream` once the handshake is done."""
-
-    def __init__(self, stream: WorkerStream) -> None:
-        super().__init__(stream.limits, frames.MAX_TO_WORKER_BYTES)
-        self.shaken: asyncio.Future[bool] = self.loop.create_future()
-        """True after the handshake, False when the connection closed before."""
-        self.close_reason = ""
-        self._stream = stream
-        self._session = stream.rng.getrandbits(31)
-        self._closed = asyncio.Event()
-        self._ping_handle: asyncio.TimerHandle | None = None
-
-    async def wait_closed(self) -> None:
-        await self._closed.wait()
-
-    def on_open(self) -> None:
-        info = self._stream.info
-        self.send(
-            frames.Hello(
-                PROTOCOL_VERSION,
-                self._stream.master_id,
-                info.worker_id,
-                info.epoch,
-                self._session,
-            )
-        )
-
-    def on_closed(self, reason: str) -> None:
-        if self._ping_handle is not None:
-            self._ping_handle.cancel()
-        self.close_reason = reason
-        if not self.shaken.done():
-            self.shaken.set_result(False)
-        self._closed.set()
-        self._stream.connection_lost(self, reason)
-
-    def on_frame(self, frame: memoryview) -> None:
-        message = frames.decode_to_master(frame)
-        match message:
-            case frames.Welcome():
-                self._be_welcome(message)
-            case frames.Goodbye(reason):
-                self.abort(f"the worker says: {reason}")
-            case _ if self.shaken.done():
-                self._stream.handle(message)
-            case _:
-                raise frames.FrameError("no handshake")
-
-    def _be_welcome(self, welcome: frames.Welcome) -> None:
-        stream = self._stream
-        expected = stream.info
-        if welcome.worker_id != expected.worker_id:
-            raise frames.FrameError(f"reached worker {welcome.worker_id}")
-        if self.shaken.done():
-            return
-        if welcome.epoch != expected.epoch:
-            raise frames.FrameError(f"reached epoch {welcome.epoch}, not {expected.epoch}")
-        self.accept_frames_of(frames.MAX_TO_MASTER_BYTES)
-        self.shaken.set_result(True)
-        self._ping_handle = self.loop.call_later(self.limits.ping_s, self._ping)
-        stream.connection_up(self, self._session)
-
-    def _ping(self) -> None:
-        silence_s = self.loop.time() - self.last_received
-        if silence_s > self.limits.lost_s:
-            self.abort(f"silent for {silence_s:.1f} s")
-            return
-        self._stream.silent_for(silence_s)
-        self.send(frames.Ping())
-        self._ping_handle = self.loop.call_later(self.limits.ping_s, self._ping)

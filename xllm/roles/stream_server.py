@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
 from typing import Protocol
 
 from xllm.errors import EngineFault, NoWorker, RequestError
@@ -28,12 +27,10 @@ from xllm.protocol import (
     WorkerId,
 )
 from xllm.roles import frames
+from xllm.roles.delta_queue import Listener
 from xllm.roles.stream import FrameProtocol, StreamLimits
 
 logger = logging.getLogger(__name__)
-
-Listener = Callable[[TokenDelta | RequestError], None]
-"""Called on the event loop's thread with every delta of a request, or its one error."""
 
 
 class RunningRequest(Protocol):
@@ -88,11 +85,16 @@ class StreamServer:
         for connection in list(self.connections):
             connection.leave("the worker stops")
 
+    def refuse_new(self) -> None:
+        """From now on: masters send what they have elsewhere."""
+        if not self.draining:
+            self.draining = True
+            for connection in self.connections:
+                connection.send(frames.Draining())
+
     async def drain(self, timeout_s: float) -> None:
         """Takes no new requests from now on; returns when none runs or the time is over."""
-        self.draining = True
-        for connection in self.connections:
-            connection.send(frames.Draining())
+        self.refuse_new()
         self._idle = asyncio.Event()
         self.check_idle()
         with contextlib.suppress(TimeoutError):
@@ -146,6 +148,7 @@ class MasterConnection(FrameProtocol):
         self._num_ended = 0
         self._open: dict[tuple[str, int, int], _OpenRequest] = {}
         self._step: list[TokenDelta] = []
+        self._handshake_by = 0.0
         self._check_handle: asyncio.TimerHandle | None = None
 
     @property
@@ -172,7 +175,8 @@ class MasterConnection(FrameProtocol):
         if len(self._server.connections) > self.limits.max_connections:
             self.abort("too many connections")
             return
-        self._check_handle = self.loop.call_later(self.limits.connect_s, self._check)
+        self._handshake_by = self.loop.time() + self.limits.connect_s
+        self._check_handle = self.loop.call_later(self.limits.ping_s, self._check)
 
     def on_closed(self, reason: str) -> None:
         self._server.connections.discard(self)
@@ -232,8 +236,9 @@ class MasterConnection(FrameProtocol):
 
     def _check(self) -> None:
         """Ends a connection that never said who it is, or whose other side is silently gone."""
-        silence_s = self.loop.time() - self.last_received
-        if self.master_id is None:
+        now = self.loop.time()
+        silence_s = self.silence.check(now)
+        if self.master_id is None and now > self._handshake_by:
             self.abort("no handshake in time")
         elif silence_s > self.limits.lost_s:
             self.abort(f"silent for {silence_s:.1f} s")

@@ -1,8 +1,9 @@
 """The worker role: an engine, and either masters that use it or a public API of its own.
 
     startup   ports, so that a taken one ends it at once; etcd; the model; the registration
-    serve     until cancelled, fenced by a worker of the same id, or the engine gives up
-    drain     no new requests; running ones get `DRAIN_S`; then the lease is given back
+    serve     until cancelled, drained, fenced by a worker of the same id, or the engine gives up
+    drain     no new requests; running ones get `--drain_timeout`, then they move; at last the lease
+              is given back
 
 A lease that was lost (a pause, an etcd that came back empty) is replaced by a new one under the
 requests that run: they do not notice.
@@ -24,7 +25,7 @@ from xllm.config import DEFAULT_ETCD_ADDR, EngineConfig, WorkerConfig
 from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
-from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad
+from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.roles.cache_port import CachePort
 from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.local_backend import LocalBackend
@@ -41,12 +42,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 3.0
-"""Less than a process has to end after a signal."""
+
+class _Drained(Exception):
+    """An operator has drained the worker: its process ends."""
 
 
 async def run_worker(config: WorkerConfig) -> None:
-    """Serves until cancelled; drains before it lets the cancellation through.
+    """Serves until cancelled or drained; drains before it lets a cancellation through.
 
     Raises: ConfigError (Fenced included), EtcdUnavailable, EngineFault.
     """
@@ -58,15 +60,18 @@ async def run_worker(config: WorkerConfig) -> None:
         ) as operator_socket,
     ):
         worker = _Worker(config, main_socket, operator_socket)
-        async with (
-            serve(worker.operator.runner(), operator_socket),
-            asyncio.TaskGroup() as tasks,
-        ):
-            tasks.create_task(measure_event_loop_lag(worker.metrics))
-            if config.enable_service_routing:
-                await worker.serve_masters(tasks)
-            else:
-                await worker.serve_clients(tasks)
+        try:
+            async with (
+                serve(worker.operator.runner(), operator_socket),
+                asyncio.TaskGroup() as tasks,
+            ):
+                tasks.create_task(measure_event_loop_lag(worker.metrics))
+                if config.enable_service_routing:
+                    await worker.serve_masters(tasks)
+                else:
+                    await worker.serve_clients(tasks)
+        except* _Drained:
+            logger.info("worker_drained")
 
 
 def _load_model(config: EngineConfig, metrics: Metrics) -> LoadedModel:
@@ -89,8 +94,14 @@ class _Worker:
         max_body_bytes = config.api.max_body_size
         self.cache_port = CachePort(max_body_bytes)
         self.operator = OperatorPort(
-            self.metrics, lambda: self.ready, self.cache_port.routes, max_body_bytes
+            self.metrics,
+            lambda: self.ready,
+            self.cache_port.routes,
+            max_body_bytes,
+            drain=self._begin_drain if routed else None,
         )
+        self._drain_timeout_s = config.drain_timeout
+        self._drain_asked_for = asyncio.Event()
         self._main_socket = main_socket
         self._operator_socket = operator_socket
 
@@ -115,7 +126,8 @@ class _Worker:
             session.on_new_epoch(server.change_epoch)
 
             def info(epoch: Epoch) -> WorkerInfo:
-                return self._info(worker_id, epoch, host, model)
+                state = WorkerState.DRAINING if server.draining else WorkerState.READY
+                return self._info(worker_id, epoch, host, model, state)
 
             def load(epoch: Epoch) -> WorkerLoad:
                 return report.load(epoch, server.watermarks())
@@ -129,10 +141,26 @@ class _Worker:
                 tasks.create_task(membership.publish_load())
                 self.ready = True
                 logger.info("worker_ready worker_id=%s address=%s", worker_id, self._address(host))
-                await model.engine.wait_closed()
+                tasks.create_task(model.engine.wait_closed())
+                await self._drain_asked_for.wait()
             finally:
                 self.ready = False
-                await server.drain(DRAIN_S)
+                logger.info("worker_draining timeout_s=%g", self._drain_timeout_s)
+                server.refuse_new()
+                publishing = asyncio.create_task(membership.publish_info())
+                await server.drain(self._drain_timeout_s)
+                # Requests that still run move now, and not when etcd has answered.
+                server.close()
+                publishing.cancel()
+                await asyncio.gather(publishing, return_exceptions=True)
+        raise _Drained
+
+    def _begin_drain(self, timeout_s: float | None) -> float:
+        """Returns the seconds that running requests get."""
+        if timeout_s is not None:
+            self._drain_timeout_s = timeout_s
+        self._drain_asked_for.set()
+        return self._drain_timeout_s
 
     async def serve_clients(self, tasks: asyncio.TaskGroup) -> None:
         """The public API over the own engine; it answers 503 until the model is loaded."""
@@ -178,7 +206,14 @@ class _Worker:
             raise ConfigError(f"--worker_id={worker_id}: expected a name without '/' and spaces")
         return WorkerId(worker_id)
 
-    def _info(self, worker_id: WorkerId, epoch: Epoch, host: str, model: LoadedModel) -> WorkerInfo:
+    def _info(
+        self,
+        worker_id: WorkerId,
+        epoch: Epoch,
+        host: str,
+        model: LoadedModel,
+        state: WorkerState = WorkerState.READY,
+    ) -> WorkerInfo:
         runner = model.runner
         return WorkerInfo(
             worker_id=worker_id,
@@ -191,5 +226,6 @@ class _Worker:
             kv_dtype=runner.kv_dtype,
             device_blocks=runner.num_blocks,
             block_bytes=runner.block_bytes,
+            state=state,
             started_at=float(model.card.created),
         )

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from benchmarks.engine_steps import random_tokens
-from xllm.engine.engine import Engine, RunningRequest
+from xllm.engine.engine import Engine
 from xllm.engine.runner import Runner
+from xllm.engine.running_request import RunningRequest
 from xllm.errors import RequestError
 from xllm.protocol import GenerateRequest, SamplingParams, TokenDelta
 

@@ -135,13 +135,18 @@ def _ttft(name: str, seconds: float, cold_s: float, speedup: int) -> Row:
 
 class _Probe:
     """What the machine can do with as many bytes as the prompt's blocks: by memcpy, with as many
-    threads as is best, and by reading a plain file in order, past the page cache."""
+    threads as is best, between places that are in no cache, and by reading a plain file in order,
+    past the page cache."""
+
+    _NUM_PLACES = 4
 
     def __init__(self, directory: Path, block_bytes: int) -> None:
         self._num_bytes = NUM_PROMPT_TOKENS // 32 * block_bytes // READ_BYTES * READ_BYTES
-        self._source, self._target = (map_pages(self._num_bytes) for _ in range(2))
+        num_bytes = self._NUM_PLACES * self._num_bytes
+        self._source, self._target = map_pages(num_bytes), map_pages(num_bytes)
         for pages in (self._source, self._target):
             populate(pages)
+        self._place = 0
         self._path = directory / "plain"
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
         for offset in range(0, self._num_bytes, READ_BYTES):
@@ -170,10 +175,12 @@ class _Probe:
         def copy(start: int) -> None:
             np.copyto(self._target[start : start + share], self._source[start : start + share])
 
+        self._place = (self._place + 1) % self._NUM_PLACES
+        first = self._place * self._num_bytes
         with ThreadPoolExecutor(num_threads) as threads:
-            list(threads.map(copy, [0] * num_threads))
+            list(threads.map(time.sleep, [0.01] * num_threads))  # they are there now
             started = time.perf_counter()
-            list(threads.map(copy, range(0, share * num_threads, share)))
+            list(threads.map(copy, range(first, first + share * num_threads, share)))
             return share * num_threads / (time.perf_counter() - started)
 
 

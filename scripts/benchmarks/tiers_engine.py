@@ -14,9 +14,10 @@ import numpy as np
 from xllm.cache.tier import TierName
 from xllm.cache.tiers import Tiers
 from xllm.config import EngineConfig
-from xllm.engine.engine import Engine, RunningRequest
+from xllm.engine.engine import Engine
 from xllm.engine.lower_tiers import LowerTiersFactory, check_memory
 from xllm.engine.runner import Runner
+from xllm.engine.running_request import RunningRequest
 from xllm.engine.scheduler import StepPlan
 from xllm.errors import RequestError
 from xllm.protocol import GenerateRequest, SamplingParams, TokenDelta

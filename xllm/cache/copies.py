@@ -7,7 +7,7 @@ Nothing here knows names, states or pins, and nothing here is called on the engi
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from xllm.cache.disk_tier import Attachment
 from xllm.cache.host_tier import DeviceBlocks, HostTier
@@ -20,8 +20,11 @@ def store(device: DeviceBlocks, block_ids: Sequence[int], targets: Sequence[Buff
 
     targets: at least `block_bytes` each.
     """
-    device.copy_out(block_ids, targets)
-    return [checksum_of(target[: device.block_bytes]) for target in targets]
+    checksums: list[bytes] = []
+    for part in _parts(device, block_ids):
+        device.copy_out(block_ids[part], targets[part])
+        checksums += [checksum_of(target[: device.block_bytes]) for target in targets[part]]
+    return checksums
 
 
 def load_from_host(
@@ -32,14 +35,14 @@ def load_from_host(
     block_ids: Sequence[int],
 ) -> list[bool]:
     """Copies slots to the device, and says which are sound; what others then hold is undefined."""
-    sound = []
-    for slot, checksum, block_id in zip(slots, checksums, block_ids, strict=True):
-        source = host.slot(slot)
-        device.copy_in([block_id], [source])
-        # The copy is still in this core's cache, where it is on the CPU.
-        copied = device.view(block_id)
-        payload = source[: device.block_bytes] if copied is None else copied
-        sound.append(checksum_of(payload) == checksum)
+    sources = [host.slot(slot)[: device.block_bytes] for slot in slots]
+    sound: list[bool] = []
+    for part in _parts(device, block_ids):
+        device.copy_in(block_ids[part], sources[part])
+        sound += [
+            checksum_of(source) == checksum
+            for source, checksum in zip(sources[part], checksums[part], strict=True)
+        ]
     return sound
 
 
@@ -66,6 +69,14 @@ def load_from_disk(
     sound = attachment.read_blocks(slots, targets, checksums)
     _copy_sound(device, targets, block_ids, sound)
     return sound
+
+
+def _parts(device: DeviceBlocks, block_ids: Sequence[int]) -> Iterator[slice]:
+    """What to copy with one call: block by block where the CPU copies, since the block is in the
+    core's cache then when its checksum is computed; else all at once, to wait for it once."""
+    step = len(block_ids) if device.view(block_ids[0]) is None else 1
+    for start in range(0, len(block_ids), step):
+        yield slice(start, start + step)
 
 
 def _copy_sound(

@@ -24,7 +24,7 @@ from functools import partial
 from xllm.cache.copies import load_from_disk, load_from_host
 from xllm.cache.disk_tier import Attachment, DiskTier
 from xllm.cache.host_tier import DeviceBlocks, HostTier
-from xllm.cache.mover import Mover, Transfer
+from xllm.cache.mover import Mover, Transfer, TransferGroup
 from xllm.cache.rates import TransferRate
 from xllm.cache.tier import LOWER_TIERS, SlotTable, TierName
 from xllm.errors import TierIOError
@@ -169,10 +169,11 @@ class Loader:
         self.counters.num_tickets += 1
         self._loading[ticket] = None
         self._pin(ticket)
+        group = TransferGroup()
         for run in ticket._runs:
             for item in run.items:
                 item.under_way = True
-            run.transfer = self._mover.start_load(self._work(run), partial(self._end, run))
+            run.transfer = self._mover.start_load(self._work(run), partial(self._end, run), group)
             self._num_running += 1
         self._settle(ticket)
         return ticket

@@ -43,6 +43,15 @@ class TransferState(enum.Enum):
     CANCELLED = "cancelled"
 
 
+class TransferGroup:
+    """Transfers whose ends are of interest together: the engine is woken up for the last one."""
+
+    __slots__ = ("num_left",)
+
+    def __init__(self) -> None:
+        self.num_left = 0
+
+
 class Transfer:
     """One piece of work for a mover thread.
 
@@ -50,14 +59,20 @@ class Transfer:
     `error` is set, and `seconds` is what `run` took. A cancelled transfer ends without `on_end`.
     """
 
-    __slots__ = ("error", "is_store", "on_end", "run", "seconds", "state")
+    __slots__ = ("error", "group", "is_store", "on_end", "run", "seconds", "state")
 
     def __init__(
-        self, run: Callable[[], None], on_end: Callable[[Transfer], None], *, is_store: bool
+        self,
+        run: Callable[[], None],
+        on_end: Callable[[Transfer], None],
+        *,
+        is_store: bool,
+        group: TransferGroup | None = None,
     ) -> None:
         self.run = run
         self.on_end = on_end
         self.is_store = is_store
+        self.group = group
         self.state = TransferState.QUEUED
         self.error: Exception | None = None
         self.seconds = 0.0
@@ -74,8 +89,8 @@ class Mover:
         max_stores: int = 32,
         on_ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """`num_threads`: for loads. `on_ended` is called on a mover thread after each transfer, and
-        must be quick.
+        """`num_threads`: for loads. `on_ended` is called on a mover thread after each transfer, of
+        a group after the last, and must be quick.
 
         With 0 threads nothing runs by itself: a test decides what happens when.
         """
@@ -106,11 +121,18 @@ class Mover:
         """Whether `try_start_store` would accept now."""
         return self._num_stores < self._max_stores and not self._is_closed
 
-    def start_load(self, run: Callable[[], None], on_end: Callable[[Transfer], None]) -> Transfer:
-        """Queues a transfer that somebody waits for."""
+    def start_load(
+        self,
+        run: Callable[[], None],
+        on_end: Callable[[Transfer], None],
+        group: TransferGroup | None = None,
+    ) -> Transfer:
+        """Queues a transfer that somebody waits for, maybe together with others of a group."""
         assert not self._is_closed
-        transfer = Transfer(run, on_end, is_store=False)
+        transfer = Transfer(run, on_end, is_store=False, group=group)
         with self._lock:
+            if group is not None:
+                group.num_left += 1
             self._loads.append(transfer)
             self._has_load.notify()
         return transfer
@@ -134,6 +156,8 @@ class Mover:
             if transfer.state is not TransferState.QUEUED:
                 return False
             transfer.state = TransferState.CANCELLED
+            if transfer.group is not None:
+                transfer.group.num_left -= 1
             if transfer.is_store:
                 self._stores.remove(transfer)
                 self._num_stores -= 1
@@ -199,8 +223,12 @@ class Mover:
         with self._lock:
             transfer.state = TransferState.ENDED
             self._num_stores -= transfer.is_store
-        self._ended.put(transfer)
-        self._on_ended()
+            self._ended.put(transfer)  # before others of the group can see that none is left
+            if transfer.group is not None:
+                transfer.group.num_left -= 1
+            is_awaited = transfer.group is None or transfer.group.num_left == 0
+        if is_awaited:
+            self._on_ended()
 
     def _begin(self, waiting: deque[Transfer]) -> Transfer:
         transfer = waiting.popleft()

@@ -37,6 +37,7 @@ from xllm.engine.limits import check_request, scheduler_limits
 from xllm.engine.outputs import StepOutputs
 from xllm.engine.request import Sequence
 from xllm.engine.runner import Runner
+from xllm.engine.running_request import Listener, RunningRequest
 from xllm.engine.sampler import SampledTokens
 from xllm.engine.scheduler import Scheduler, StepPlan
 from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
@@ -46,8 +47,6 @@ from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError, WorkerL
 from xllm.protocol import GenerateRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
-
-Listener = Callable[[TokenDelta | RequestError], None]
 
 TiersFactory = Callable[[BlockPool, CacheRoot, Callable[[], None]], Tiers | None]
 """Given the pool, the root, and what to call on any thread when the tiers have something to say."""
@@ -60,32 +59,6 @@ FLUSH_S = 1.0
 """For the tiers to write what is still on its way to disk, when the engine stops."""
 IDLE_POLL_S = 0.05
 """Until the scheduler is asked again when requests are there and none can run."""
-
-
-class RunningRequest:
-    """The event loop's handle of one request, until its end."""
-
-    __slots__ = ("_engine", "listener", "num_open_samples", "num_running_samples", "request")
-
-    def __init__(self, engine: Engine, request: GenerateRequest, listener: Listener) -> None:
-        self._engine = engine
-        self.request = request
-        self.listener: Listener | None = listener
-        self.num_open_samples = request.n
-        """As the event loop has seen."""
-        self.num_running_samples = request.n
-        """As the engine's thread has seen."""
-
-    def cancel(self) -> None:
-        """Frees the request's blocks before the next step; its listener hears nothing more."""
-        if self.listener is not None:
-            self.end()
-            self._engine._commands.put(lambda: self._engine._abort(self))
-
-    def end(self) -> None:
-        """The last call of the listener is the one that follows, if any."""
-        self.listener = None
-        self._engine._handles.discard(self)
 
 
 class Engine:
@@ -178,7 +151,12 @@ class Engine:
                 f"{MAX_OPEN_REQUESTS} requests are open on this worker; try again later",
                 retry_after_s=1,
             )
-        handle = RunningRequest(self, request, listener)
+        handle = RunningRequest(
+            request,
+            listener,
+            on_cancel=lambda handle: self._commands.put(partial(self._abort, handle)),
+            on_end=self._handles.discard,
+        )
         self._handles.add(handle)
         arrival = time.monotonic()
         self._commands.put(lambda: self._begin(handle, arrival))

@@ -202,6 +202,9 @@ class FakeBackend:
             raise UnknownModel(f"no such model: {model_id}", param="model")
         return self._tokenizer
 
+    def admit(self, model_id: str) -> None:
+        """`generate` refuses."""
+
     def generate(self, request: GenerateRequest) -> FakeGeneration:
         if self.refusal is not None:
             raise self.refusal

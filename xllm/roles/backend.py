@@ -45,6 +45,13 @@ class Backend(Protocol):
         """Raises: UnknownModel, NoWorker."""
         ...
 
+    def admit(self, model_id: str) -> None:
+        """To be asked before any work is spent on a request that `generate` would refuse.
+
+        Raises: UnknownModel, NoWorker, Overloaded.
+        """
+        ...
+
     def generate(self, request: GenerateRequest) -> Generation:
         """Accepts a validated request; synchronous, so that nothing accepted is lost.
 

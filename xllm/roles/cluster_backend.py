@@ -86,6 +86,9 @@ class ClusterBackend:
             return tokenizer
         raise NoWorker("no worker could send the model's tokenizer; try again", retry_after_s=1)
 
+    def admit(self, model_id: str) -> None:
+        self._admitting(self._registry.candidates(model_id))
+
     def generate(self, request: GenerateRequest) -> RoutedGeneration:
         return RoutedGeneration(
             request,

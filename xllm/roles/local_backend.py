@@ -29,6 +29,9 @@ class LocalBackend:
         _, tokenizer = self._serving(model_id)
         return tokenizer
 
+    def admit(self, model_id: str) -> None:
+        self._serving(model_id)
+
     def generate(self, request: GenerateRequest) -> LocalGeneration:
         engine, _ = self._serving(request.model_id)
         generation = LocalGeneration(self._worker_id, request.n)

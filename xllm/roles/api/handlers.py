@@ -93,6 +93,7 @@ class GenerationHandlers:
 
     async def _model(self, body: GenerationRequest) -> tuple[ModelCard, Tokenizer]:
         card = select_model(self._backend, body.model)
+        self._backend.admit(card.model_id)
         return card, await self._backend.tokenizer(card.model_id)
 
     async def _respond(

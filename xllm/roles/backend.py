@@ -45,6 +45,10 @@ class Backend(Protocol):
         """Raises: UnknownModel, NoWorker."""
         ...
 
+    async def until_reachable(self, model_id: str | None) -> None:
+        """Waits for workers of the model, or of any, that are only away for a moment."""
+        ...
+
     def admit(self, model_id: str) -> None:
         """To be asked before any work is spent on a request that `generate` would refuse.
 

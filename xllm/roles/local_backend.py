@@ -29,6 +29,9 @@ class LocalBackend:
         _, tokenizer = self._serving(model_id)
         return tokenizer
 
+    async def until_reachable(self, model_id: str | None) -> None:
+        """The engine is here or nowhere."""
+
     def admit(self, model_id: str) -> None:
         self._serving(model_id)
 

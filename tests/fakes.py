@@ -202,6 +202,12 @@ class FakeBackend:
             raise UnknownModel(f"no such model: {model_id}", param="model")
         return self._tokenizer
 
+    async def until_reachable(self, model_id: str | None) -> None:
+        """It always is."""
+
+    def admit(self, model_id: str) -> None:
+        """`generate` refuses."""
+
     def generate(self, request: GenerateRequest) -> FakeGeneration:
         if self.refusal is not None:
             raise self.refusal

@@ -141,6 +141,15 @@ class Faults:
             await client.close()
         master.launch()
 
+    async def freeze_master(self) -> None:
+        """Its workers give it up; thawed, it sends what it ran to them again."""
+        master = self._cluster.masters[-1]
+        master.send(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(LEASE_TTL_S + 2)
+        finally:
+            master.send(signal.SIGCONT)
+
     # etcd
 
     async def freeze_etcd_member(self) -> None:

@@ -7,9 +7,10 @@ learn every answer ── load ────────────────�
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import aiohttp
 
 from tests.chaos.cluster import ChaosCluster, Master, Role, metric, until
 from tests.chaos.faults import Faults
-from tests.chaos.load import Client, Load, make_cases
+from tests.chaos.load import Case, Client, Load, make_cases
 from tests.chaos.model import write_chaos_model
 from tests.e2e.processes import launcher
 
@@ -25,6 +26,8 @@ NUM_CLIENTS = 6
 NUM_CASES = 18
 MAX_TOKENS = 120
 WARM_UP_S = 5.0
+PEAK_REQUESTS = 24
+"""Per worker: more than its batch holds."""
 RSS_GROWTH = 1.05
 RSS_SLACK_BYTES = 8 << 20
 """Of a process that is so small that 5 % of it is noise."""
@@ -52,6 +55,7 @@ class Chaos:
             known = await client.learn(self._cluster.masters[0].http_url, cases)
             assert len(known) > NUM_CASES / 2
             self._say(f"learned cases={len(known)}")
+            await self._reach_peak(client, [case for case in cases if case.name in known])
             load = Load(client, cases, known, self._pick_master, self._seed)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(load.run(NUM_CLIENTS))
@@ -79,6 +83,20 @@ class Chaos:
         assert moved, "no fault met a request that was running"
         await self._check_idle()
         self._check_memory(survivors, before)
+
+    async def _reach_peak(self, client: Client, cases: Sequence[Case]) -> None:
+        """Full batches of the most demanding requests: what memory a worker ever takes for them,
+        its allocator keeps."""
+        scored = [case for case in cases if case.body.get("echo")]
+        for _ in range(2):
+            masters = itertools.cycle(self._cluster.masters)
+            crowd = PEAK_REQUESTS * len(self._cluster.workers)
+            await asyncio.gather(
+                *(
+                    client.ask(next(masters).http_url, case, stream=False)
+                    for case in itertools.islice(itertools.cycle(scored), crowd)
+                )
+            )
 
     def _choose_survivors(self) -> list[Role]:
         survivors: list[Role] = [self._cluster.workers[-1], self._cluster.masters[0]]

@@ -92,6 +92,7 @@ async def test_ten_times_what_a_worker_can_do(cluster: ChaosCluster) -> None:
             f"memory_bytes={memory} then={master.rss_bytes}"
         )
         assert crowd.num_refused > crowd.num_served
+        # Ten percent less on a machine that has a core for the crowd; here it competes.
         assert served > 0.6 * best, "refusing is cheap"
         assert normal_s < 3 * usual_s + 0.5
         assert master.rss_bytes < memory + (64 << 20)

@@ -13,7 +13,7 @@ from etcd_server import EtcdServer
 from xllm.coordination import EtcdClient, Fenced, Keys, Session
 from xllm.errors import ConfigError, NoWorker, UnknownModel, WorkerLost
 from xllm.protocol import Epoch, MasterId, TokenizerFiles, WorkerId, WorkerInfo, WorkerLoad
-from xllm.roles import membership, routed_generation
+from xllm.roles import cluster_backend, membership, routed_generation
 from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.global_scheduler import make_policy
@@ -190,6 +190,7 @@ async def test_the_only_worker_dies_and_is_forgotten_with_its_lease(
     master: Master, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routed_generation, "PLACE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(cluster_backend, "RECONNECT_S", 0.0)
     a = await start_worker("a")
     await master.sees(a="ready")
     generation = master.backend.generate(make_request("r"))

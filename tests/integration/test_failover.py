@@ -13,8 +13,9 @@ from counting_engine import CountingEngine, make_info, make_request, until
 
 from xllm.config import RoutingConfig
 from xllm.coordination import PUT, Change, KeyValue
-from xllm.errors import Overloaded, WorkerLost
+from xllm.errors import NoWorker, Overloaded, WorkerLost
 from xllm.protocol import Epoch, MasterId, TokenizerFiles, WorkerId, WorkerInfo
+from xllm.roles import cluster_backend
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.global_scheduler import make_policy
 from xllm.roles.registry import Registry
@@ -156,7 +157,8 @@ async def test_a_frozen_worker_is_suspect_then_lost_and_its_late_frames_are_drop
     await until(lambda: fleet.state("a") == "suspect")
     assert fleet.backend.generate(make_request("new")).worker_id == "b"
     assert reader.generation.worker_id == "a", "until it is lost"
-    await until(lambda: reader.generation.worker_id == "b")
+    await until(lambda: "r" in b.engine.running_ids)
+    assert reader.generation.worker_id == "b"
     assert reader.tokens == {0: [0]}
     for _ in range(2):
         b.engine.step()
@@ -238,6 +240,35 @@ async def test_a_blip_of_the_only_worker_is_waited_out(fleet: Fleet) -> None:
     assert a.engine.running[0].request.output_ids == [0]
     a.engine.step()
     assert await reader.task == {0: [0, 1]}
+
+
+async def test_requests_that_come_during_a_blip_wait_for_its_end(fleet: Fleet) -> None:
+    a = await fleet.add("a")
+    await fleet.backend.until_reachable("m")
+    for connection in list(a.server.connections):
+        connection.abort("cut")
+    await until(lambda: fleet.state("a") == "connecting")
+    assert fleet.backend.model_cards() == []
+    early = Reader(fleet.backend.generate(make_request("early", 1)))
+    async with asyncio.timeout(5):
+        await fleet.backend.until_reachable(None)
+    assert len(fleet.backend.model_cards()) == 1
+    await until(lambda: a.engine.running_ids == ["early"])
+    a.engine.step()
+    assert await early.task == {0: [0]}
+
+
+async def test_a_worker_that_stays_away_is_waited_for_only_a_moment(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_backend, "RECONNECT_S", 0.1)
+    a = await fleet.add("a")
+    a.die()
+    await until(lambda: fleet.state("a") == "connecting")
+    async with asyncio.timeout(5):
+        await fleet.backend.until_reachable("m")
+    with pytest.raises(NoWorker):
+        fleet.backend.generate(make_request("r"))
 
 
 async def test_too_long_a_queue_is_refused_and_says_when_to_come_back() -> None:

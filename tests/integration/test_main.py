@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -31,7 +31,7 @@ def load(config):
 
 xllm.main._load_role = load
 xllm.main.STOP_DEADLINE_S = {deadline}
-sys.argv = ["xllm", "--role=master"]
+sys.argv = ["xllm", *{flags!r}]
 xllm.main.main()
 """
 
@@ -43,8 +43,10 @@ def start() -> Iterator[Start]:
     """Starts a process whose role is the given source of `async def run()`."""
     started: list[subprocess.Popen[str]] = []
 
-    def start_role(role: str, deadline_s: float = 4.5) -> subprocess.Popen[str]:
-        program = _PROGRAM.format(role=textwrap.dedent(role), deadline=deadline_s)
+    def start_role(
+        role: str, deadline_s: float = 4.5, flags: Sequence[str] = ("--role=master",)
+    ) -> subprocess.Popen[str]:
+        program = _PROGRAM.format(role=textwrap.dedent(role), deadline=deadline_s, flags=flags)
         process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdout=subprocess.PIPE,
@@ -87,6 +89,14 @@ def test_a_signal_lets_the_role_drain(start: Start, signum: signal.Signals) -> N
     process = start(SERVES)
     _await_ready(process)
     process.send_signal(signum)
+    assert _end(process) == (EXIT_OK, "drained\n", "")
+
+
+def test_a_worker_that_is_to_drain_for_longer_gets_the_time(start: Start) -> None:
+    role = SERVES.replace("sleep(0.01)", "sleep(0.6)")
+    process = start(role, deadline_s=0.1, flags=("--role=worker", "--drain_timeout=0.5"))
+    _await_ready(process)
+    process.send_signal(signal.SIGTERM)
     assert _end(process) == (EXIT_OK, "drained\n", "")
 
 

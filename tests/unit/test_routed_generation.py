@@ -57,11 +57,11 @@ class Fleet:
                 return Placed(name, attempt.cancel)
         raise NoWorker("no worker can serve at the moment")
 
-    def start(self, n: int = 1) -> RoutedGeneration:
+    def start(self, n: int = 1, *, may_wait: bool = False) -> RoutedGeneration:
         request = GenerateRequest(
             request_id="r", model_id="m", prompt_ids=[1], sampling=SamplingParams(), n=n
         )
-        return RoutedGeneration(request, self.place, 2, self._count)
+        return RoutedGeneration(request, self.place, 2, self._count, may_wait)
 
     def _count(self) -> None:
         self.num_moves += 1
@@ -150,6 +150,19 @@ async def test_somebody_who_can_go_on_is_waited_for() -> None:
     second = await fleet.attempt(1)
     second.say(2, last=True)
     assert await tokens == [1, 2]
+
+
+async def test_a_new_request_waits_only_if_it_may() -> None:
+    fleet = Fleet()
+    with pytest.raises(NoWorker):
+        fleet.start()
+    tokens = collect(fleet.start(may_wait=True))
+    await asyncio.sleep(0)
+    fleet.names.append(WorkerId("a"))
+    first = await fleet.attempt(0)
+    assert first.request.attempt == 0
+    first.say(1, last=True)
+    assert await tokens == [1]
 
 
 async def test_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

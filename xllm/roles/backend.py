@@ -45,6 +45,17 @@ class Backend(Protocol):
         """Raises: UnknownModel, NoWorker."""
         ...
 
+    async def until_reachable(self, model_id: str | None) -> None:
+        """Waits for workers of the model, or of any, that are only away for a moment."""
+        ...
+
+    def admit(self, model_id: str) -> None:
+        """To be asked before any work is spent on a request that `generate` would refuse.
+
+        Raises: UnknownModel, NoWorker, Overloaded.
+        """
+        ...
+
     def generate(self, request: GenerateRequest) -> Generation:
         """Accepts a validated request; synchronous, so that nothing accepted is lost.
 

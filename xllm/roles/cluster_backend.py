@@ -15,7 +15,7 @@ from xllm.protocol import GenerateRequest, ModelCard, WorkerId
 from xllm.roles.admission import MIN_QUEUED
 from xllm.roles.delta_queue import Listener
 from xllm.roles.global_scheduler import Candidate, Policy
-from xllm.roles.registry import Registry
+from xllm.roles.registry import MemberState, Registry
 from xllm.roles.routed_generation import Placed, RoutedGeneration
 from xllm.roles.stream_client import WorkerStream
 from xllm.telemetry import Metrics
@@ -24,6 +24,11 @@ from xllm.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 30
+
+RECONNECT_S = 2.0
+"""So long after a connection was lost, new requests wait for it to be made again."""
+
+RECONNECT_POLL_S = 0.05
 
 
 class ClusterBackend:
@@ -86,12 +91,35 @@ class ClusterBackend:
             return tokenizer
         raise NoWorker("no worker could send the model's tokenizer; try again", retry_after_s=1)
 
+    async def until_reachable(self, model_id: str | None) -> None:
+        """After a pause of this process its workers have hung up, and reconnect at once: requests
+        that came meanwhile are not refused for it."""
+        while self._is_reconnecting(model_id):  # noqa: ASYNC110
+            await asyncio.sleep(RECONNECT_POLL_S)
+
+    def _is_reconnecting(self, model_id: str | None) -> bool:
+        """Nobody serves the model, but somebody did a moment ago."""
+        lost_since = asyncio.get_running_loop().time() - RECONNECT_S
+        is_away = False
+        for member in self._registry:
+            if model_id not in (None, member.model_id) or member.stream is None:
+                continue
+            if member.state in (MemberState.READY, MemberState.SUSPECT):
+                return False
+            is_connecting = member.state is MemberState.CONNECTING
+            is_away |= is_connecting and member.stream.lost_at > lost_since
+        return is_away
+
+    def admit(self, model_id: str) -> None:
+        self._admitting(self._registry.candidates(model_id))
+
     def generate(self, request: GenerateRequest) -> RoutedGeneration:
         return RoutedGeneration(
             request,
             self._place,
             self._limits.max_request_retries,
             on_move=self._metrics.requests_resubmitted.inc,
+            may_wait=self._is_reconnecting(request.model_id),
         )
 
     def _place(

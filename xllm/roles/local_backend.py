@@ -29,6 +29,12 @@ class LocalBackend:
         _, tokenizer = self._serving(model_id)
         return tokenizer
 
+    async def until_reachable(self, model_id: str | None) -> None:
+        """The engine is here or nowhere."""
+
+    def admit(self, model_id: str) -> None:
+        self._serving(model_id)
+
     def generate(self, request: GenerateRequest) -> LocalGeneration:
         engine, _ = self._serving(request.model_id)
         generation = LocalGeneration(self._worker_id, request.n)

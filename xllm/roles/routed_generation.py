@@ -72,8 +72,10 @@ class RoutedGeneration:
         place: Place,
         max_retries: int,
         on_move: Callable[[], None] = lambda: None,
+        may_wait: bool = False,
     ) -> None:
-        """Sends the first attempt. Raises: UnknownModel, NoWorker, Overloaded."""
+        """Sends the first attempt; `may_wait`: when there is a worker. Raises: UnknownModel,
+        NoWorker, Overloaded."""
         self._place = place
         self._on_move = on_move
         self._progress = RequestProgress(request, max_retries)
@@ -85,7 +87,15 @@ class RoutedGeneration:
         self._is_cancelled = False
         self._worker_id = WorkerId("")
         self._loop = asyncio.get_running_loop()
-        self._start(_Attempt(request))
+        first = _Attempt(request)
+        try:
+            self._start(first)
+        except NoWorker as error:
+            if not may_wait:
+                raise
+            first.homeless_since = self._loop.time()
+            first.reason = error
+            self._homeless.append(first)
 
     @property
     def worker_id(self) -> WorkerId:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import math
 import random
 from collections.abc import Callable
 
@@ -70,6 +71,8 @@ class WorkerStream:
         """Of the current connection; counts below are of it, too."""
         self.num_sent = 0
         self.num_ended = 0
+        self.lost_at = -math.inf
+        """When the last connection ended."""
         self.queue = QueueMeter()
         self.master_id = master_id
         self.on_change = on_change
@@ -195,6 +198,7 @@ class WorkerStream:
         if self._connection is not connection:
             return
         self._connection = None
+        self.lost_at = self._now()
         lost = list(dict.fromkeys(self._open.values()))
         logger.warning(
             "worker_lost worker_id=%s num_requests=%d reason=%r",

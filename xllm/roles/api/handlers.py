@@ -92,7 +92,9 @@ class GenerationHandlers:
         return await read_json(request, self._config.max_body_size)
 
     async def _model(self, body: GenerationRequest) -> tuple[ModelCard, Tokenizer]:
+        await self._backend.until_reachable(body.model)
         card = select_model(self._backend, body.model)
+        self._backend.admit(card.model_id)
         return card, await self._backend.tokenizer(card.model_id)
 
     async def _respond(

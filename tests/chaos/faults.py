@@ -110,6 +110,14 @@ class Faults:
             connecting = metric(master.operator_url, 'xllm_workers{state="connecting"}')
             assert connecting == 1, "it knows the worker, but does not reach it"
             assert f"worker_lost worker_id={worker.worker_id}" in master.log
+            await until(
+                lambda: (
+                    f"master_id={master.master_id} num_cancelled=" in worker.log
+                    and "reason='silent for" in worker.log
+                ),
+                "the worker gives up the half-open connection",
+                NOTICE_S,
+            )
             for other in self._cluster.masters[1:]:
                 ready = metric(other.operator_url, 'xllm_workers{state="ready"}')
                 assert ready == len(self._cluster.workers)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +31,7 @@ class Cluster:
     etcd: Etcd
     master: Master
     workers: list[Worker]
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.master.http_url}/v1", api_key="none", timeout=60)
+    client: openai.OpenAI
 
 
 def metric(url: str, name: str) -> float:
@@ -54,13 +52,15 @@ def wait_for_workers(master: Master, count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(module_launcher: Launcher, default_model_folder: Path) -> Cluster:
+def cluster(module_launcher: Launcher, default_model_folder: Path) -> Iterator[Cluster]:
     """etcd, one master, two workers."""
     etcd = module_launcher.etcd()
     workers = [module_launcher.worker(etcd, *WORKER_FLAGS, wait_ready=False) for _ in range(2)]
     master = module_launcher.master(etcd)
     wait_for_workers(master, 2)
-    return Cluster(module_launcher, etcd, master, workers)
+    url = f"{master.http_url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", timeout=60) as client:
+        yield Cluster(module_launcher, etcd, master, workers, client)
 
 
 def test_curl(cluster: Cluster) -> None:
@@ -280,13 +280,14 @@ def test_a_worker_alone_serves_the_public_api(
     wait_until(lambda: http_status(f"{worker.http_url}/health") == 503, "the API", timeout_s=30)
     wait_until(lambda: http_status(f"{worker.http_url}/health") == 200, "the model", timeout_s=60)
     assert ask(worker.http_url, QUESTION) == ANSWER
-    client = openai.OpenAI(base_url=f"{worker.http_url}/v1", api_key="none", timeout=60)
-    stream = client.completions.create(
-        model=MODEL,
-        prompt="Count:",
-        max_tokens=4000,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    next(stream)
-    assert worker.stop() == 0, "within five seconds, though a client is being served"
+    url = f"{worker.http_url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", timeout=60) as client:
+        stream = client.completions.create(
+            model=MODEL,
+            prompt="Count:",
+            max_tokens=4000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(stream)
+        assert worker.stop() == 0, "within five seconds, though a client is being served"

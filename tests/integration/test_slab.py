@@ -252,6 +252,19 @@ def test_a_crash_at_any_write_loses_only_what_was_being_written(
     slab.close()
 
 
+def test_a_slot_whose_payload_was_being_written_is_not_even_indexed(tmp_path: Path) -> None:
+    slab = open_slab(tmp_path, 4)
+    slab.write([write_of(i, i) for i in range(4)])
+    slab.close()
+    slab = open_slab(tmp_path, 4, TornIO(num_writes=1, share=0.5))
+    with pytest.raises(TornIO.Crash):
+        slab.write([write_of(10, 1, sequence=9)])
+    slab.close()
+    slab = open_slab(tmp_path, 4)
+    assert sorted(record.slot for record in slab.scan()) == [0, 2, 3]
+    slab.close()
+
+
 WRITER = """
 from tests.integration.test_slab import *
 slab = open_slab(Path(sys.argv[1]), 16)

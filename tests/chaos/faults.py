@@ -44,6 +44,7 @@ class Faults:
 
     async def kill_worker(self) -> None:
         worker = self._mortal_worker()
+        await self._until_busy(worker)
         worker.kill()
         await self._until_state("ready", len(self._cluster.workers) - 1)
         worker.launch()
@@ -51,6 +52,7 @@ class Faults:
     async def freeze_worker(self) -> None:
         """Until its lease is gone and its requests have moved; then it is thawed."""
         worker = self._any_worker()
+        await self._until_busy(worker)
         worker.send(signal.SIGSTOP)
         try:
             await self._until_state("ready", len(self._cluster.workers) - 1)
@@ -240,6 +242,14 @@ class Faults:
 
     def _any_worker(self) -> Worker:
         return self._rng.choice(self._cluster.workers)
+
+    async def _until_busy(self, worker: Worker) -> None:
+        """A fault that meets no request proves nothing."""
+        await until(
+            lambda: (metric(worker.operator_url, "xllm_num_requests_running") or 0) >= 2,
+            f"{worker.name} runs requests",
+            NOTICE_S,
+        )
 
     async def _until_state(self, state: str, count: int) -> None:
         for master in self._living_masters():

@@ -64,6 +64,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """As `logprobs`, for each prompt token. Not None also means: no prefix-cache lookup."""
 
 
+class FetchRange(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks [first, first + count) of a prompt that a peer holds, and where it serves them.
+
+    A hint of whoever routed: a peer that has them no longer costs their computation, nothing else.
+    """
+
+    worker_id: WorkerId
+    address: str
+    """`WorkerInfo.block_address`."""
+    first: int
+    count: int
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One prompt and `n` samples of its continuation, numbered `index` .. `index + n - 1`."""
 
@@ -80,6 +93,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Separates tenants in every cache: part of the root of the block hashes."""
     priority: int = 0
     """Lower is more urgent."""
+    fetch: list[FetchRange] = msgspec.field(default_factory=list)
+    """What this attempt's worker had better fetch than compute."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -150,6 +165,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """host:port of the token stream."""
     operator_address: str
     """host:port of health and metrics."""
+    block_address: str = ""
+    """host:port where peers fetch blocks; empty: it serves none."""
     model: ModelCard
     fingerprint: str
     """Of the weights' contents and the KV-relevant config: `engine/weights.py`."""

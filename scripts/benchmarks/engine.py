@@ -99,7 +99,7 @@ class _CpuBench:
     def _limit_rows(
         self, runner: Runner, bench: StepBench, decodes: list[int], prefills: list[int]
     ) -> list[Row]:
-        probe = CpuProbe(runner.dtype)
+        probe = CpuProbe(runner.dtype, self._options.num_threads)
         work = ModelWork.of(runner.model_config, runner.dtype)
         chunk_tokens = runner.config.max_tokens_per_batch
         rounds = self._options.rounds
@@ -128,7 +128,9 @@ class _CpuBench:
     def _sampling_row(self, runner: Runner, bench: StepBench) -> Row:
         step = bench.decode(32, CONTEXT_LEN, SAMPLED)
         actions = {"step": step, "sampling": bench.sampling_seconds(step)}
-        turns = in_turns(CpuProbe(runner.dtype), actions, self._options.rounds)
+        turns = in_turns(
+            CpuProbe(runner.dtype, self._options.num_threads), actions, self._options.rounds
+        )
         sampling_ms, step_ms = (turns[name].seconds * 1e3 for name in ("sampling", "step"))
         return at_most("sampling_b32", sampling_ms, "ms", step_ms, 0.10)
 
@@ -158,7 +160,9 @@ class _CpuBench:
         runner = self._runner("float32")
         bench = StepBench(runner, CONTEXT_LEN)
         actions = {"decode": bench.decode(1, CONTEXT_LEN)}
-        turns = in_turns(CpuProbe(torch.float32), actions, self._options.rounds)["decode"]
+        turns = in_turns(
+            CpuProbe(torch.float32, self._options.num_threads), actions, self._options.rounds
+        )["decode"]
         work = ModelWork.of(runner.model_config, torch.float32)
         limit_s = work.decode_s(turns.rates, 1, CONTEXT_LEN)
         return [_rate_row("fp32_decode_b1", 1, turns.seconds, limit_s, FP32_TARGET)]

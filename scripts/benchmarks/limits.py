@@ -38,15 +38,20 @@ class CpuProbe:
     _M, _K, _N = 2048, 576, 3072
     _REPEATS = 3
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, num_threads: int) -> None:
+        self._num_threads = num_threads
         self._data = torch.ones(self._BYTES // 4, dtype=torch.float32)
         self._x = torch.randn(self._M, self._K).to(dtype)
         weight = torch.randn(self._N, self._K).to(dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, self._M)
 
     def measure(self) -> Rates:
+        # Beside the native decoder torch has one thread: the limit is that of all of them.
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._num_threads)
         read_s = median(timed(self._data.sum) for _ in range(self._REPEATS))
         gemm_s = median(timed(self._multiply) for _ in range(self._REPEATS))
+        torch.set_num_threads(before)
         return Rates(self._BYTES / read_s, 2 * self._M * self._K * self._N / gemm_s)
 
     def _multiply(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from xllm.cache.memory import map_pages
 from xllm.config import EngineConfig
 from xllm.engine.batch import Batch, Staging
+from xllm.engine.kernels.cpu.decoder import NativeDecoder
 from xllm.engine.kernels.interface import Decoder
 from xllm.engine.kernels.select import load_decoder
 from xllm.engine.memory import available_memory_bytes
@@ -58,6 +59,10 @@ class Runner:
         self.block_size = config.block_size
         with torch.inference_mode(), self._open_weights(model_path) as weights:
             self._decoder = self._load_decoder(weights)
+        if isinstance(self._decoder, NativeDecoder):
+            # What is left for torch, sampling, is many small operations: to wake a second thread
+            # for each takes longer than it saves, and one that spins takes a core from ours.
+            torch.set_num_threads(1)
         self.num_blocks = self._pick_num_blocks(config)
         self.staging: Staging | None = None
         """How batches get to the device, where that is not the host."""

@@ -315,7 +315,7 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
                 WorkerConfig,
                 "enable_cache_upload",
                 BOOLEAN,
-                "Publish which blocks this worker holds: accepted, without effect yet.",
+                "Tell masters, through etcd, which blocks this worker holds.",
             ),
         ),
     ),

@@ -139,6 +139,7 @@ class Metrics:
         self._declare_tiers(self._registry if engine else None)
         self._declare_cluster(self._registry if cluster else None)
         self._declare_routing(self._registry if routing else None)
+        self._declare_index_upload(self._registry if engine and cluster else None)
 
     def render(self) -> bytes:
         """The exposition that Prometheus scrapes, of `METRICS_CONTENT_TYPE`."""
@@ -379,6 +380,25 @@ class Metrics:
             ["worker"],
             buckets=_ERROR_BUCKETS_S,
             registry=registry,
+        )
+
+    def _declare_index_upload(self, registry: CollectorRegistry | None) -> None:
+        """What a worker tells the cluster of its blocks."""
+        self.index_published_blocks = Gauge(
+            "xllm_index_published_blocks",
+            "Blocks that the index was told of, counted once per tier.",
+            registry=registry,
+        )
+        self.index_pending_blocks = Gauge(
+            "xllm_index_pending_blocks",
+            "Blocks of which the index has yet to be told that they came or went.",
+            registry=registry,
+        )
+        self.index_upload_puts = Counter(
+            "xllm_index_upload_puts_total", "Writes to etcd for the index.", registry=registry
+        )
+        self.index_upload_bytes = Counter(
+            "xllm_index_upload_bytes_total", "Bytes of these writes.", registry=registry
         )
 
 

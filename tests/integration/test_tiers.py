@@ -194,7 +194,7 @@ def test_disk_survives_a_restart_and_a_clear_does_too(tmp_path: Path) -> None:
     rig.tiers.close()
     rig = Rig(tmp_path)
     assert rig.tiers.match([name(i) for i in range(6)]) == [TierName.DISK] * 4
-    kinds = {(tier, event.kind) for tier, event in rig.tiers.take_events()}
+    kinds = {(tier, e.kind) for tier, events in rig.tiers.take_events() for e in events}
     assert kinds == {(TierName.DISK, BlockEventKind.STORED)}
     ticket = rig.load(range(4), range(4))
     rig.settle()
@@ -379,7 +379,8 @@ def test_a_failing_disk_detaches_and_comes_back_with_what_it_holds(
     assert rig.settle() == [ticket]
     assert ticket.num_arrived == 0
     assert rig.tiers.match([name(0)]) == []
-    assert [e.kind for _, e in rig.tiers.take_events()] == [BlockEventKind.CLEARED]
+    [(_, events)] = rig.tiers.take_events()
+    assert [event.kind for event in events] == [BlockEventKind.CLEARED]
     assert "disk_tier_detached" in caplog.text
     assert rig.tiers.statistics().num_detachments == 1
     rig.compute(5, 5)
@@ -661,7 +662,8 @@ class TiersMachine(RuleBasedStateMachine):
         held = [b for _, block_ids in self.loading.values() for b in block_ids]
         everything = [*self.free, *self.named, *held, *self.busy]
         assert sorted(everything) == list(range(NUM_BLOCKS))
-        for tier, event in tiers.take_events():
+        taken = [(tier, event) for tier, events in tiers.take_events() for event in events]
+        for tier, event in taken:
             if event.kind is BlockEventKind.CLEARED:
                 self.index[tier].clear()
             elif event.kind is BlockEventKind.STORED:

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from xllm.protocol import BlockHash
 
@@ -35,9 +35,9 @@ class BlockEventKind(enum.Enum):
     CLEARED = "cleared"
 
 
-@dataclass(frozen=True, slots=True)
-class BlockEvent:
-    """What the rest of the cluster may want to know of one tier's contents."""
+class BlockEvent(NamedTuple):
+    """What the rest of the cluster may want to know of one tier's contents; made for each block,
+    on the engine's thread, so it is cheap."""
 
     kind: BlockEventKind
     hash: BlockHash | None = None

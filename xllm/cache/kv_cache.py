@@ -25,6 +25,7 @@ them. Such *busy* blocks keep their reference, and come back with a later `poll`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -131,6 +132,8 @@ class KVCache:
         self._root = root
         self._enable_prefix_cache = enable_prefix_cache
         self._tiers = tiers
+        self.on_used: Callable[[list[BlockHash]], None] = lambda chain: None
+        """Called with the blocks that an admitted prompt found, if it found any."""
         if tiers is not None:
             pool.on_evict = tiers.evicted
         self._roots: dict[str, BlockHash] = {}
@@ -202,8 +205,10 @@ class KVCache:
         self._pending.update(seq.pending_hashes)
         self._queried_tokens += len(seq.token_ids)
         self._count_hit(TierName.DEVICE, seq.num_computed_tokens)
+        if found := seq.block_hashes[: num_matched + len(match.tiers)]:
+            self.on_used(found)
         if self._tiers is not None:
-            self._tiers.used(seq.block_hashes[: num_matched + len(match.tiers)])
+            self._tiers.used(found)
             if match.tiers:
                 self._start_load(self._tiers, seq, match, load_timeout_s)
         return True

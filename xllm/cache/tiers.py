@@ -203,13 +203,14 @@ class Tiers:
         for _, table in self._tables():
             table.unhold(names)
 
-    def take_events(self) -> list[tuple[TierName, BlockEvent]]:
-        """What changed in the tiers below the device since the last call, in order per tier."""
-        events: list[tuple[TierName, BlockEvent]] = []
-        if self.host is not None:
-            events += [(TierName.HOST, event) for event in self.host.table.take_events()]
-        if self.disk is not None:
-            events += [(TierName.DISK, event) for event in self.disk.take_events()]
+    def take_events(self) -> list[tuple[TierName, list[BlockEvent]]]:
+        """What changed in each tier below the device since the last call, in order; tiers in which
+        nothing changed are left out."""
+        events: list[tuple[TierName, list[BlockEvent]]] = []
+        if self.host is not None and (in_host := self.host.table.take_events()):
+            events.append((TierName.HOST, in_host))
+        if self.disk is not None and (on_disk := self.disk.take_events()):
+            events.append((TierName.DISK, on_disk))
         return events
 
     def statistics(self) -> TiersStatistics:

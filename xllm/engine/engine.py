@@ -31,6 +31,7 @@ from xllm.cache.admin import CacheAdmin
 from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.kv_cache import KVCache
+from xllm.cache.news import CacheNews, NewsCollector
 from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
 from xllm.engine.limits import check_request, scheduler_limits
@@ -111,6 +112,8 @@ class Engine:
         """To be set before `start`."""
         self._counters = Counters()
         self._statistics = EngineStatistics(num_blocks=runner.num_blocks)
+        self.cache_news: Final = NewsCollector(self.kv_cache, self.tiers)
+        """Its listener, to be set before `start`, is called on the event loop's thread."""
         self._outbox: list[tuple[RunningRequest, TokenDelta | RequestError]] = []
         self._is_stopping = False
         self._faults_in_a_row = 0
@@ -191,7 +194,11 @@ class Engine:
     def step_counter(self) -> int:
         return self._statistics.num_steps
 
-    def _deliver(self, outbox: list[tuple[RunningRequest, TokenDelta | RequestError]]) -> None:
+    def _deliver(
+        self,
+        outbox: list[tuple[RunningRequest, TokenDelta | RequestError]],
+        news: CacheNews | None,
+    ) -> None:
         for handle, item in outbox:
             listener = handle.listener
             if listener is None:
@@ -203,6 +210,7 @@ class Engine:
                 if handle.num_open_samples == 0:
                     handle.end()
             listener(item)
+        self.cache_news.tell(news)
 
     def _set_started(self) -> None:
         if self._started is not None and not self._started.done():
@@ -232,6 +240,7 @@ class Engine:
             self._runner.enter_thread()
             self._warm_up()
             self._post(self._set_started)
+            self._publish()
             has_run = False
             while not self._is_stopping:
                 self._take_commands(may_sleep=not has_run)
@@ -361,9 +370,10 @@ class Engine:
     def _publish(self) -> None:
         """One callback for all that the step brought, and a new snapshot."""
         self._statistics = self._counters.snapshot(self._scheduler, self._cost, self.tiers)
-        if self._outbox:
+        news = self.cache_news.take()
+        if self._outbox or news is not None:
             outbox, self._outbox = self._outbox, []
-            self._post(lambda: self._deliver(outbox))
+            self._post(lambda: self._deliver(outbox, news))
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -27,6 +27,7 @@ from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.roles.cache_port import CachePort
+from xllm.roles.cache_upload import CacheUpload
 from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.local_backend import LocalBackend
 from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
@@ -118,6 +119,11 @@ class _Worker:
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
+            upload = None
+            if config.enable_cache_upload:
+                upload = CacheUpload(session, keys, worker_id, self.metrics)
+                model.engine.cache_news.listener = upload.hear
+                self.operator.add_collector(upload.collect)
             report = await stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(read_tokenizer_files, model.folder)
             server = StreamServer(worker_id, session.epoch, model.engine, tokenizer)
@@ -139,6 +145,8 @@ class _Worker:
             await membership.join()
             try:
                 tasks.create_task(membership.publish_load())
+                if upload is not None:
+                    tasks.create_task(upload.run())
                 self.ready = True
                 logger.info("worker_ready worker_id=%s address=%s", worker_id, self._address(host))
                 tasks.create_task(model.engine.wait_closed())

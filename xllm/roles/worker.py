@@ -90,7 +90,7 @@ class _Worker:
     ) -> None:
         routed = config.enable_service_routing
         self.config = config
-        self.metrics = Metrics(api=not routed, cluster=routed)
+        self.metrics = Metrics(api=not routed, cluster=routed, routing=False)
         self.ready = False
         max_body_bytes = config.api.max_body_size
         self.cache_port = CachePort(max_body_bytes)

@@ -198,7 +198,7 @@ def test_disk_survives_a_restart_and_a_clear_does_too(tmp_path: Path) -> None:
     rig.tiers.close()
     rig = Rig(tmp_path)
     assert rig.match(range(6)) == [TierName.DISK] * 4
-    kinds = {(tier, event.kind) for tier, event in rig.tiers.take_events()}
+    kinds = {(tier, e.kind) for tier, events in rig.tiers.take_events() for e in events}
     assert kinds == {(TierName.DISK, BlockEventKind.STORED)}
     ticket = rig.load(range(4), range(4))
     rig.settle()
@@ -383,7 +383,8 @@ def test_a_failing_disk_detaches_and_comes_back_with_what_it_holds(
     assert rig.settle() == [ticket]
     assert ticket.num_arrived == 0
     assert rig.match([0]) == []
-    assert [e.kind for _, e in rig.tiers.take_events()] == [BlockEventKind.CLEARED]
+    [(_, events)] = rig.tiers.take_events()
+    assert [event.kind for event in events] == [BlockEventKind.CLEARED]
     assert "disk_tier_detached" in caplog.text
     assert rig.tiers.statistics().num_detachments == 1
     rig.compute(5, 5)
@@ -665,7 +666,8 @@ class TiersMachine(RuleBasedStateMachine):
         held = [b for _, block_ids in self.loading.values() for b in block_ids]
         everything = [*self.free, *self.named, *held, *self.busy]
         assert sorted(everything) == list(range(NUM_BLOCKS))
-        for tier, event in tiers.take_events():
+        taken = [(tier, event) for tier, events in tiers.take_events() for event in events]
+        for tier, event in taken:
             if event.kind is BlockEventKind.CLEARED:
                 self.index[tier].clear()
             elif event.kind is BlockEventKind.STORED:

@@ -25,6 +25,7 @@ them. Such *busy* blocks keep their reference, and come back with a later `poll`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -143,6 +144,8 @@ class KVCache:
         self._root = root
         self._enable_prefix_cache = enable_prefix_cache
         self._tiers = tiers
+        self.on_used: Callable[[list[BlockHash]], None] = lambda chain: None
+        """Called with the blocks that an admitted prompt found, if it found any."""
         if tiers is not None:
             pool.on_evict = tiers.evicted
         self._roots: dict[str, BlockHash] = {}
@@ -185,6 +188,21 @@ class KVCache:
         is_pending = len(sources) == num_known < len(rest)
         return PrefixMatch(block_ids, first * self.block_size, is_pending, sources)
 
+    def expected_blocks(self, seq: CachedSequence, limit: int) -> int:
+        """How many leading blocks a waiting `seq` will not compute itself, as far as that can be
+        told from `limit` of them: they are in a tier, or promised. Changes no block."""
+        if not (self._enable_prefix_cache and seq.uses_prefix_cache):
+            return 0
+        self._name_blocks(seq)
+        names = seq.block_hashes[:limit]
+        for index, name in enumerate(names):
+            is_known = self.pool.lookup(name) is not None or name in self._pending
+            if is_known:
+                continue
+            if self._tiers is None or not self._tiers.match([name], None, seq.fetch, index):
+                return index
+        return len(names)
+
     def try_admit(
         self,
         seq: CachedSequence,
@@ -217,8 +235,10 @@ class KVCache:
         self._pending.update(seq.pending_hashes)
         self._queried_tokens += len(seq.token_ids)
         self._count_hit(TierName.DEVICE, seq.num_computed_tokens)
+        if found := seq.block_hashes[: num_matched + len(match.sources)]:
+            self.on_used(found)
         if self._tiers is not None:
-            self._tiers.used(seq.block_hashes[: num_matched + len(match.sources)])
+            self._tiers.used(found)
             if match.sources:
                 self._start_load(self._tiers, seq, match, load_timeout_s)
         return True

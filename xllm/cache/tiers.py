@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from xllm.cache.block_pool import BlockEvent
 from xllm.cache.disk_tier import Attachment, DiskTier
@@ -64,15 +64,36 @@ class TiersStatistics:
     loads: LoadCounters
     stores: StoreCounters
     num_detachments: int
+    victims_used_at: dict[TierName, float] = field(default_factory=dict)
+    """Of tiers that are full: when what they evict next was last used, by the tiers' clock."""
     peers: PeerCounters | None = None
     """None: none are asked."""
     num_peers_avoided: int = 0
     lent: LendCounters | None = None
     """To peers; None: they get nothing here."""
 
+    def block_s(self, tier: TierName) -> float | None:
+        """What bringing up a block of `tier` takes; None: it never had one.
+
+        A rate that is out of date is better than none, and before the first load that of the
+        stores says roughly how fast the medium is.
+        """
+        rate = self.bytes_per_s.get(tier)
+        if not rate and self.load_bytes.get(tier):
+            rate = self.load_bytes[tier] / self.load_seconds[tier]
+        if not rate and self.blocks_stored.get(tier):
+            seconds = self.stores.copy_seconds
+            if tier is TierName.DISK:
+                seconds = self.stores.write_seconds
+            rate = self.blocks_stored[tier] * self.block_bytes / seconds if seconds else None
+        return self.block_bytes / rate if rate else None
+
     @property
     def peer_block_s(self) -> float | None:
-        """What fetching a block is expected to take; None: no peer is asked."""
+        """What fetching a block is expected to take; None: no peer is asked.
+
+        A rate that is out of date says nothing: the next peer may be as quick as any.
+        """
         if self.peers is None:
             return None
         return self.block_bytes / (self.bytes_per_s[TierName.REMOTE] or PRIOR_BYTES_PER_S)
@@ -241,13 +262,14 @@ class Tiers:
         for _, table in self._tables():
             table.unhold(names)
 
-    def take_events(self) -> list[tuple[TierName, BlockEvent]]:
-        """What changed in the tiers below the device since the last call, in order per tier."""
-        events: list[tuple[TierName, BlockEvent]] = []
-        if self.host is not None:
-            events += [(TierName.HOST, event) for event in self.host.table.take_events()]
-        if self.disk is not None:
-            events += [(TierName.DISK, event) for event in self.disk.take_events()]
+    def take_events(self) -> list[tuple[TierName, list[BlockEvent]]]:
+        """What changed in each tier below the device since the last call, in order; tiers in which
+        nothing changed are left out."""
+        events: list[tuple[TierName, list[BlockEvent]]] = []
+        if self.host is not None and (in_host := self.host.table.take_events()):
+            events.append((TierName.HOST, in_host))
+        if self.disk is not None and (on_disk := self.disk.take_events()):
+            events.append((TierName.DISK, on_disk))
         return events
 
     def statistics(self) -> TiersStatistics:
@@ -266,6 +288,11 @@ class Tiers:
             loads=replace(self._loader.counters),
             stores=replace(self._storer.counters),
             num_detachments=0 if self.disk is None else self.disk.num_detachments,
+            victims_used_at={
+                tier: used_at
+                for tier, table in self._tables()
+                if (used_at := table.next_victim_used_at()) is not None
+            },
             peers=None if self.peers is None else replace(self.peers.book.counters),
             num_peers_avoided=0 if self.peers is None else self.peers.book.num_avoided,
             lent=None if self.lender is None else self.lender.snapshot(),

@@ -35,9 +35,11 @@ from xllm.cache.admin import CacheAdmin
 from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.kv_cache import KVCache
+from xllm.cache.news import CacheNews, NewsCollector
 from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
 from xllm.engine.limits import check_request, scheduler_limits
+from xllm.engine.load_meter import LoadMeter
 from xllm.engine.outputs import StepOutputs
 from xllm.engine.request import Sequence
 from xllm.engine.runner import Runner
@@ -107,6 +109,7 @@ class Engine:
         self._cost = StepCost()
         self._eos_token_ids = runner.model_config.eos_token_ids
         self._scheduler = Scheduler(self.kv_cache, limits, self._eos_token_ids, self._cost)
+        self._meter = LoadMeter(self._scheduler, self._cost)
         self._handles: set[RunningRequest] = set()
         """The event loop's: requests that have not ended."""
         self._calls: set[asyncio.Future[Any]] = set()
@@ -117,6 +120,8 @@ class Engine:
         """To be set before `start`."""
         self._counters = Counters()
         self._statistics = EngineStatistics(num_blocks=runner.num_blocks)
+        self.cache_news: Final = NewsCollector(self.kv_cache, self.tiers)
+        """Its listener, to be set before `start`, is called on the event loop's thread."""
         self._outbox: list[tuple[RunningRequest, TokenDelta | RequestError]] = []
         self._is_stopping = False
         self._faults_in_a_row = 0
@@ -197,7 +202,11 @@ class Engine:
     def step_counter(self) -> int:
         return self._statistics.num_steps
 
-    def _deliver(self, outbox: list[tuple[RunningRequest, TokenDelta | RequestError]]) -> None:
+    def _deliver(
+        self,
+        outbox: list[tuple[RunningRequest, TokenDelta | RequestError]],
+        news: CacheNews | None,
+    ) -> None:
         for handle, item in outbox:
             listener = handle.listener
             if listener is None:
@@ -209,6 +218,7 @@ class Engine:
                 if handle.num_open_samples == 0:
                     handle.end()
             listener(item)
+        self.cache_news.tell(news)
 
     def _set_started(self) -> None:
         if self._started is not None and not self._started.done():
@@ -239,6 +249,7 @@ class Engine:
             with self.cache_lock:
                 self._warm_up()
             self._post(self._set_started)
+            self._publish()
             has_run = False
             with self.cache_lock:
                 while not self._is_stopping:
@@ -382,10 +393,11 @@ class Engine:
 
     def _publish(self) -> None:
         """One callback for all that the step brought, and a new snapshot."""
-        self._statistics = self._counters.snapshot(self._scheduler, self._cost, self.tiers)
-        if self._outbox:
+        self._statistics = self._counters.snapshot(self._meter, self.tiers)
+        news = self.cache_news.take()
+        if self._outbox or news is not None:
             outbox, self._outbox = self._outbox, []
-            self._post(lambda: self._deliver(outbox))
+            self._post(lambda: self._deliver(outbox, news))
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -128,7 +128,7 @@ class LowerTiersFactory:
         has_lower = host is not None or disk is not None
         if not has_lower and self._peer_id is None:
             return None
-        device = device_blocks(self._runner.cache)
+        device = device_blocks(self._runner.cache, self._runner.native_library)
         if isinstance(device, HostMemoryBlocks) and has_lower:
             device.populate()
         mover = Mover(on_ended=on_ended)

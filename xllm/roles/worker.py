@@ -27,6 +27,7 @@ from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.roles.cache_port import CachePort
+from xllm.roles.cache_upload import CacheUpload
 from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.local_backend import LocalBackend
 from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
@@ -106,7 +107,7 @@ class _Worker:
     ) -> None:
         routed = config.enable_service_routing
         self.config = config
-        self.metrics = Metrics(api=not routed, cluster=routed)
+        self.metrics = Metrics(api=not routed, cluster=routed, routing=False)
         self.ready = False
         max_body_bytes = config.api.max_body_size
         self.cache_port = CachePort(max_body_bytes)
@@ -138,6 +139,11 @@ class _Worker:
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
+            upload = None
+            if config.enable_cache_upload:
+                upload = CacheUpload(session, keys, worker_id, self.metrics)
+                model.engine.cache_news.listener = upload.hear
+                self.operator.add_collector(upload.collect)
             report = await stack.enter_async_context(self._run_engine(model, tasks))
             if self._block_socket is not None:
                 blocks = model.serve_blocks(worker_id, self._block_socket)
@@ -153,7 +159,8 @@ class _Worker:
                 return self._info(worker_id, epoch, host, model, state)
 
             def load(epoch: Epoch) -> WorkerLoad:
-                return report.load(epoch, server.watermarks())
+                pending = 0 if upload is None else upload.statistics().num_dirty
+                return report.load(epoch, server.watermarks(), pending)
 
             membership = WorkerMembership(session, keys, info, load, self.metrics)
             self.operator.add_collector(membership.collect)
@@ -162,6 +169,8 @@ class _Worker:
             await membership.join()
             try:
                 tasks.create_task(membership.publish_load())
+                if upload is not None:
+                    tasks.create_task(upload.run())
                 self.ready = True
                 logger.info("worker_ready worker_id=%s address=%s", worker_id, self._address(host))
                 tasks.create_task(model.engine.wait_closed())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 
 import pytest
@@ -14,9 +15,11 @@ from xllm.coordination import EtcdClient, Fenced, Keys, Session
 from xllm.errors import ConfigError, NoWorker, UnknownModel, WorkerLost
 from xllm.protocol import Epoch, MasterId, TokenizerFiles, WorkerId, WorkerInfo, WorkerLoad
 from xllm.roles import cluster_backend, membership, routed_generation
+from xllm.roles.car_policy import make_router
 from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_backend import ClusterBackend
-from xllm.roles.global_scheduler import make_policy
+from xllm.roles.cost_routing import Targets
+from xllm.roles.global_index import GlobalIndex
 from xllm.roles.membership import WorkerMembership
 from xllm.roles.registry import MemberState
 from xllm.roles.routed_generation import RoutedGeneration
@@ -86,11 +89,22 @@ class Worker:
 
 
 class Master:
-    def __init__(self, client: EtcdClient) -> None:
+    def __init__(self, client: EtcdClient, policy: str = "RR") -> None:
         self.metrics = Metrics()
         self.cluster = Cluster(MasterId("master"), self.metrics, LIMITS)
-        self.backend = ClusterBackend(self.cluster.registry, make_policy("RR"), self.metrics)
-        self.task = asyncio.create_task(self.cluster.follow(client, KEYS))
+        registry = self.cluster.registry
+        self.index = GlobalIndex(KEYS, registry.answers, self.metrics)
+        registry.on_gone(self.index.forget)
+        router = make_router(
+            policy, self.index.index, registry.cache_root, time.monotonic, Targets(1.0, 0.1)
+        )
+        self.backend = ClusterBackend(registry, router, self.metrics)
+        self.task = asyncio.create_task(self._run(client))
+
+    async def _run(self, client: EtcdClient) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.cluster.follow(client, KEYS))
+            tasks.create_task(self.index.run(client))
 
     def states(self) -> dict[str, MemberState]:
         return {member.info.worker_id: member.state for member in self.cluster.registry}

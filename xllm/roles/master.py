@@ -24,11 +24,14 @@ from xllm.coordination.endpoints import parse_endpoints
 from xllm.errors import EtcdUnavailable
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import MasterId, MasterInfo
+from xllm.roles.car_policy import make_router
 from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_backend import ClusterBackend
-from xllm.roles.global_scheduler import make_policy
+from xllm.roles.cost_routing import Targets
+from xllm.roles.global_index import GlobalIndex
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort, serve
+from xllm.roles.route_port import RoutePort
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer
 
@@ -42,7 +45,6 @@ async def run_master(config: MasterConfig) -> None:
 
     Raises: ConfigError, EtcdUnavailable.
     """
-    policy = make_policy(config.load_balance_policy)
     keys = Keys(config.etcd.etcd_namespace)
     metrics = Metrics(engine=False)
     async with contextlib.AsyncExitStack() as stack:
@@ -63,9 +65,25 @@ async def run_master(config: MasterConfig) -> None:
         )
         tokenizer = await _load_tokenizer(config)
         cluster = Cluster(info.master_id, metrics)
-        backend = ClusterBackend(cluster.registry, policy, metrics, tokenizer, config.routing)
-        operator = OperatorPort(metrics, is_ready=lambda: bool(backend.model_cards()))
+        global_index = GlobalIndex(keys, cluster.registry.answers, metrics)
+        cluster.registry.on_gone(global_index.forget)
+        router = make_router(
+            config.load_balance_policy,
+            global_index.index,
+            cluster.registry.cache_root,
+            time.monotonic,
+            Targets(config.routing.target_ttft / 1e3, config.routing.target_tpot / 1e3),
+        )
+        backend = ClusterBackend(cluster.registry, router, metrics, tokenizer, config.routing)
+        route_port = RoutePort(backend, config.load_balance_policy, config.api.max_body_size)
+        operator = OperatorPort(
+            metrics,
+            is_ready=lambda: bool(backend.model_cards()),
+            routes=route_port.routes,
+            max_body_bytes=config.api.max_body_size,
+        )
         operator.add_collector(cluster.collect)
+        operator.add_collector(global_index.collect)
         await stack.enter_async_context(serve(operator.runner(), operator_socket))
 
         # What is left last is entered first: the lease outlives the tasks, and these the API.
@@ -91,6 +109,7 @@ async def run_master(config: MasterConfig) -> None:
         metrics.lease_epochs.inc()
         tasks.create_task(Election(session, keys.leader, info.master_id.encode()).run())
         tasks.create_task(backend.fetch_tokenizers(cluster.changed))
+        tasks.create_task(global_index.run(client))
         await cluster.follow(client, keys)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -556,6 +557,20 @@ def test_a_step_without_logits_writes_the_cache(isa: Isa) -> None:
     assert hidden.shape == (0, 96)
     assert decoder.logits(hidden).shape == (0, 99)
     assert_same_bits(caches[1], caches[0])
+
+
+@examples
+@given(st.integers(0, 3000), st.integers(0, 64), st.integers(0, 64), seeds)
+def test_a_copy_past_the_cache_copies_these_bytes_and_no_other(
+    isa: Isa, num_bytes: int, to: int, start: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    source = generator.integers(0, 256, start + num_bytes, np.uint8)
+    target = generator.integers(0, 256, to + num_bytes + 64, np.uint8)
+    expected = target.copy()
+    expected[to : to + num_bytes] = source[start:]
+    native.copy_past_cache(library(isa), target[to : to + num_bytes], source[start:])
+    assert np.array_equal(target, expected)
 
 
 def test_threads_sleep_while_idle(isa: Isa) -> None:

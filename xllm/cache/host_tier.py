@@ -48,9 +48,15 @@ class DeviceBlocks(Protocol):
 class HostMemoryBlocks:
     """Device blocks of a CPU worker: they are in host memory anyway."""
 
-    def __init__(self, blocks: Buffer) -> None:
-        """blocks: [N, block_bytes] uint8, rows contiguous: a view of the KV cache."""
+    def __init__(
+        self, blocks: Buffer, copy_in: Callable[[Buffer, Buffer], None] = np.copyto
+    ) -> None:
+        """blocks: [N, block_bytes] uint8, rows contiguous: a view of the KV cache.
+
+        `copy_in(target, source)` copies equal sizes and lets the interpreter's lock go meanwhile.
+        """
         self._blocks = blocks
+        self._copy_in = copy_in
 
     @property
     def block_bytes(self) -> int:
@@ -66,7 +72,7 @@ class HostMemoryBlocks:
 
     def copy_in(self, block_ids: Sequence[int], sources: Sequence[Buffer]) -> None:
         for block_id, source in zip(block_ids, sources, strict=True):
-            np.copyto(self._blocks[block_id], source[: self.block_bytes])
+            self._copy_in(self._blocks[block_id], source[: self.block_bytes])
 
     def view(self, block_id: int) -> Buffer:
         view: Buffer = self._blocks[block_id]

@@ -173,6 +173,19 @@ class KVCache:
             is_pending = len(tiers) < len(rest) and rest[len(tiers)] in self._pending
         return PrefixMatch(block_ids, len(block_ids) * self.block_size, is_pending, tiers)
 
+    def expected_blocks(self, seq: CachedSequence, limit: int) -> int:
+        """How many leading blocks a waiting `seq` will not compute itself, as far as that can be
+        told from `limit` of them: they are in a tier, or promised. Changes no block."""
+        if not (self._enable_prefix_cache and seq.uses_prefix_cache):
+            return 0
+        self._name_blocks(seq)
+        names = seq.block_hashes[:limit]
+        for index, name in enumerate(names):
+            is_known = self.pool.lookup(name) is not None or name in self._pending
+            if not is_known and (self._tiers is None or not self._tiers.match([name])):
+                return index
+        return len(names)
+
     def try_admit(
         self,
         seq: CachedSequence,

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from xllm.cache.block_pool import BlockEvent
 from xllm.cache.disk_tier import Attachment, DiskTier
@@ -61,6 +61,24 @@ class TiersStatistics:
     loads: LoadCounters
     stores: StoreCounters
     num_detachments: int
+    victims_used_at: dict[TierName, float] = field(default_factory=dict)
+    """Of tiers that are full: when what they evict next was last used, by the tiers' clock."""
+
+    def block_s(self, tier: TierName) -> float | None:
+        """What bringing up a block of `tier` takes; None: it never had one.
+
+        A rate that is out of date is better than none, and before the first load that of the
+        stores says roughly how fast the medium is.
+        """
+        rate = self.bytes_per_s.get(tier)
+        if not rate and self.load_bytes.get(tier):
+            rate = self.load_bytes[tier] / self.load_seconds[tier]
+        if not rate and self.blocks_stored.get(tier):
+            seconds = self.stores.copy_seconds
+            if tier is TierName.DISK:
+                seconds = self.stores.write_seconds
+            rate = self.blocks_stored[tier] * self.block_bytes / seconds if seconds else None
+        return self.block_bytes / rate if rate else None
 
 
 class Tiers:
@@ -229,6 +247,11 @@ class Tiers:
             loads=replace(self._loader.counters),
             stores=replace(self._storer.counters),
             num_detachments=0 if self.disk is None else self.disk.num_detachments,
+            victims_used_at={
+                tier: used_at
+                for tier, table in self._tables()
+                if (used_at := table.next_victim_used_at()) is not None
+            },
         )
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from xllm.cache.host_tier import DeviceBlocks, HostMemoryBlocks
 from xllm.cache.slab_format import Buffer
+from xllm.engine.kernels.cpu.native import copy_past_cache
 
 
-def device_blocks(cache: torch.Tensor) -> DeviceBlocks:
-    """cache: [N, ...], blocks contiguous."""
+def device_blocks(cache: torch.Tensor, library: ctypes.CDLL | None = None) -> DeviceBlocks:
+    """cache: [N, ...], blocks contiguous; `library`: the native kernels, where they run."""
     blocks = cache.view(torch.uint8).view(cache.shape[0], -1)
-    return CudaBlocks(blocks) if cache.is_cuda else HostMemoryBlocks(blocks.numpy())
+    if cache.is_cuda:
+        return CudaBlocks(blocks)
+    if library is None:
+        return HostMemoryBlocks(blocks.numpy())
+    return HostMemoryBlocks(blocks.numpy(), partial(copy_past_cache, library))
 
 
 class CudaBlocks:

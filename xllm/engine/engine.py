@@ -35,6 +35,7 @@ from xllm.cache.news import CacheNews, NewsCollector
 from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
 from xllm.engine.limits import check_request, scheduler_limits
+from xllm.engine.load_meter import LoadMeter
 from xllm.engine.outputs import StepOutputs
 from xllm.engine.request import Sequence
 from xllm.engine.runner import Runner
@@ -102,6 +103,7 @@ class Engine:
         self._cost = StepCost()
         self._eos_token_ids = runner.model_config.eos_token_ids
         self._scheduler = Scheduler(self.kv_cache, limits, self._eos_token_ids, self._cost)
+        self._meter = LoadMeter(self._scheduler, self._cost)
         self._handles: set[RunningRequest] = set()
         """The event loop's: requests that have not ended."""
         self._calls: set[asyncio.Future[Any]] = set()
@@ -369,7 +371,7 @@ class Engine:
 
     def _publish(self) -> None:
         """One callback for all that the step brought, and a new snapshot."""
-        self._statistics = self._counters.snapshot(self._scheduler, self._cost, self.tiers)
+        self._statistics = self._counters.snapshot(self._meter, self.tiers)
         news = self.cache_news.take()
         if self._outbox or news is not None:
             outbox, self._outbox = self._outbox, []

@@ -115,7 +115,7 @@ class LowerTiersFactory:
         host, disk = self._make_host(config), self._make_disk(config, root)
         if host is None and disk is None:
             return None
-        device = device_blocks(self._runner.cache)
+        device = device_blocks(self._runner.cache, self._runner.native_library)
         if isinstance(device, HostMemoryBlocks):
             device.populate()
         return Tiers(

@@ -6,6 +6,7 @@ methods belong to one thread, the engine's.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -69,6 +70,11 @@ class Runner:
         if self.device.type == "cuda":
             self.staging = PinnedStaging(self.device)
         self._cache = self._new_cache(0)
+
+    @property
+    def native_library(self) -> ctypes.CDLL | None:
+        """The native kernels; None where others run."""
+        return self._decoder.library if isinstance(self._decoder, NativeDecoder) else None
 
     @property
     def kv_dtype(self) -> str:

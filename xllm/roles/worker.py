@@ -136,7 +136,8 @@ class _Worker:
                 return self._info(worker_id, epoch, host, model, state)
 
             def load(epoch: Epoch) -> WorkerLoad:
-                return report.load(epoch, server.watermarks())
+                pending = 0 if upload is None else upload.statistics().num_dirty
+                return report.load(epoch, server.watermarks(), pending)
 
             membership = WorkerMembership(session, keys, info, load, self.metrics)
             self.operator.add_collector(membership.collect)

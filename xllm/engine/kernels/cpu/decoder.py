@@ -59,6 +59,10 @@ class NativeDecoder:
             layers=layers,
         )
 
+    @property
+    def library(self) -> ctypes.CDLL:
+        return self._pool.library
+
     @staticmethod
     def supports(config: DecoderConfig, dtype: torch.dtype) -> bool:
         head_dim = config.head_dim

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from xllm.cache.slab_format import Buffer
 from xllm.engine.batch import Batch
 
 _ABI_VERSION = 1
@@ -175,6 +176,7 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
             c_int64,
         ),
     ),
+    "xllm_copy_past_cache": (None, (c_void_p, c_void_p, c_int64)),
     "xllm_read": (c_float, (c_void_p, c_void_p, c_int64)),
 }
 
@@ -199,6 +201,12 @@ class Pool:
         self.num_threads = num_threads
         self.handle = library.xllm_pool_create(num_threads)
         self._finalizer = weakref.finalize(self, library.xllm_pool_destroy, self.handle)
+
+
+def copy_past_cache(library: ctypes.CDLL, target: Buffer, source: Buffer) -> None:
+    """Copies `source` to `target`, as many bytes, without leaving them in the caches."""
+    assert target.nbytes == source.nbytes
+    library.xllm_copy_past_cache(target.ctypes.data, source.ctypes.data, target.nbytes)
 
 
 class PackedLinear:

@@ -130,6 +130,8 @@ XLLM_API void xllm_rope_and_write(XllmPool* pool, const XllmAttention* attention
 XLLM_API void xllm_attention(XllmPool* pool, const XllmAttention* attention,
                                 const XllmBatch* batch, const void* q, int64_t q_stride,
                                 const XllmKvLayer* kv, void* out, int64_t out_stride);
+// Copies without leaving the target in the caches; on the caller's thread. The areas are apart.
+XLLM_API void xllm_copy_past_cache(void* target, const void* source, int64_t bytes);
 // The sum of `data`, read by all threads: measures the memory's bandwidth.
 XLLM_API float xllm_read(XllmPool* pool, const float* data, int64_t count);
 

@@ -30,7 +30,7 @@ from typing import NamedTuple, TypeAlias
 
 from xllm.cache.event_codec import TierCode
 from xllm.cache.index import TierCounts
-from xllm.protocol import PrefillCost, WorkerId, WorkerLoad
+from xllm.protocol import PEER, PrefillCost, WorkerId, WorkerLoad
 
 MAX_STEP_S = 0.08
 """Of a step with decodes in it: the chunk of a prompt gets what they leave."""
@@ -46,9 +46,6 @@ and 0.546 s with 2; 0.964 and 0.556 s with 3."""
 
 DEFAULT_COST = PrefillCost(0.0, 1e-3, 0.0)
 """As long as no worker has measured anything: all are equal then."""
-
-PEER = "peer"
-"""The key of a fetch from a peer in `WorkerLoad.tier_block_s`."""
 
 _TIERS = [tier.name.lower() for tier in TierCode]
 _MAX_UNACKNOWLEDGED = 4096

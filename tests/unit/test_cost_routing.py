@@ -1,4 +1,4 @@
-"""Routing by estimated TTFT, and the defects of other routers that it must not have."""
+"""Routing by estimated TTFT; the defects of other routers are in test_router_defects.py."""
 
 from __future__ import annotations
 
@@ -60,65 +60,6 @@ class World:
 
 PREFIX = tuple(range(1000, 1010))
 OTHER = tuple(range(2000, 2010))
-
-
-# The eight defects of upstream's router
-
-
-def test_defect_1_a_partial_match_counts_for_what_it_saves() -> None:
-    world = World()
-    world.hold(B, PREFIX[:1])
-    estimates = world.routing.explain(world.prompt(PREFIX), world.candidates)
-    assert [e.worker_id for e in estimates] == [B, A]
-    saved_s = estimates[1].parts.ttft_s - estimates[0].parts.ttft_s
-    assert saved_s == pytest.approx(BLOCK_S)
-
-
-@pytest.mark.parametrize("tier", [HOST, DISK, REMOTE])
-def test_defects_2_and_3_blocks_below_device_count_though_nobody_has_them_on_device(
-    tier: TierCode,
-) -> None:
-    world = World()
-    world.report(B, tier_block_s={tier.name.lower(): BLOCK_S / 4})
-    world.hold(B, PREFIX, tier)
-    best = world.routing.explain(world.prompt(PREFIX), world.candidates)[0]
-    assert best.worker_id == B
-    assert best.parts.loading_s == pytest.approx(len(PREFIX) * BLOCK_S / 4)
-
-
-def test_defect_4_a_block_without_the_one_before_it_is_worth_nothing() -> None:
-    world = World()
-    world.hold(A, PREFIX[:2])
-    world.hold(B, (PREFIX[0], *PREFIX[2:]))
-    best, other = world.routing.explain(world.prompt(PREFIX), world.candidates)
-    assert (best.worker_id, sum(best.prefix), sum(other.prefix)) == (A, 2, 1)
-
-
-def test_defect_5_a_dead_worker_has_nothing() -> None:
-    world = World()
-    world.hold(B, PREFIX)
-    world.index.remove_worker(B)
-    world.routing.forget(B)
-    world.candidates = [Candidate(A, None, 0)]
-    (only,) = world.routing.explain(world.prompt(PREFIX), world.candidates)
-    assert (only.worker_id, only.prefix, only.fetch) == (A, [0, 0, 0, 0], None)
-
-
-# Defects 6 (no sequence number, snapshot or resync) and 7 (a put per block) are tested where the
-# index is written and read: test_index_view.py, test_upload_plan.py.
-
-
-def test_defect_8_a_lost_worker_costs_its_requests_nothing_but_their_place() -> None:
-    world = World()
-    request_id, worker = world.send(PREFIX)
-    world.routing.forget(worker)
-    world.candidates = [c for c in world.candidates if c.worker_id != worker]
-    world.routing.ended(request_id)
-    again = Prompt(request_id, PREFIX, len(PREFIX) * BLOCK + 1)
-    estimate = world.routing.route(again, world.candidates)
-    assert estimate.worker_id != worker
-    world.routing.dispatched(again, estimate)
-    assert world.routing.first_token(request_id) is not None
 
 
 # Load

@@ -79,14 +79,14 @@ class PeerClient:
         self._transfers: dict[PeerFetch, Transfer] = {}
         """Not ended, not cancelled; entries come and go under the lock."""
         self.loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="peer-fetch", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="peer-fetch", daemon=True)
         self._is_closed = False
 
     def start(self, fetch: PeerFetch, transfer: Transfer) -> None:
         """Queues a fetch; `transfer` ends, elsewhere, when it has been answered or has failed."""
         assert not self._is_closed
-        if not self._thread.is_alive():  # a worker that never fetches has no thread for it
-            self._thread.start()
+        if not self.thread.is_alive():  # a worker that never fetches has no thread for it
+            self.thread.start()
         with self.lock:
             self._transfers[fetch] = transfer
         self.loop.call_soon_threadsafe(self._add, fetch)
@@ -105,10 +105,10 @@ class PeerClient:
         if self._is_closed:
             return
         self._is_closed = True
-        if self._thread.is_alive():
+        if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self._stop)
-            self._thread.join(timeout_s)
-        if not self._thread.is_alive():
+            self.thread.join(timeout_s)
+        if not self.thread.is_alive():
             self.loop.close()
 
     # ---- peer-fetch thread ----

@@ -114,32 +114,33 @@ class PeerClient:
     # ---- peer-fetch thread ----
 
     def end(self, fetch: PeerFetch, error: PeerUnavailable | None = None) -> None:
-        """All that will arrive of `fetch` is there."""
+        """All that will arrive of `fetch` is there, be it in part."""
         with self.lock:
             if fetch.state is FetchState.CANCELLED:
                 return
             fetch.state = FetchState.ENDED
             transfer = self._transfers.pop(fetch)
+        if self.device.view(fetch.block_ids[0]) is None:
+            self._copy_in(fetch)
         is_whole = all(outcome is BlockOutcome.SOUND for outcome in fetch.outcomes)
-        failure: Exception | None = error
-        if error is None and self.device.view(fetch.block_ids[0]) is None:
-            failure = self._copy_in(fetch)
-        self._mover.end_elsewhere(transfer, failure, wake=not is_whole)
+        self._mover.end_elsewhere(transfer, error, wake=not is_whole)
 
     def forget(self, link: _Link) -> None:
         if self._links.get(link.peer) is link:
             del self._links[link.peer]
 
-    def _copy_in(self, fetch: PeerFetch) -> Exception | None:
+    def _copy_in(self, fetch: PeerFetch) -> None:
+        """From the staging buffer, if there was one, to the device."""
         wanted = [i for i, o in enumerate(fetch.outcomes) if o is BlockOutcome.SOUND]
+        if not wanted:
+            return
         try:
             self.device.copy_in(
                 [fetch.block_ids[i] for i in wanted], [fetch.targets[i] for i in wanted]
             )
-        except Exception as error:
+        except Exception:
             logger.exception("peer_copy_failed")
-            return error
-        return None
+            fetch.outcomes = [BlockOutcome.ABSENT] * len(fetch.outcomes)
 
     def _add(self, fetch: PeerFetch) -> None:
         link = self._links.get(fetch.peer)

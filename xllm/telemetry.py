@@ -140,6 +140,7 @@ class Metrics:
         self._declare_cluster(self._registry if cluster else None)
         self._declare_routing(self._registry if routing else None)
         self._declare_index_upload(self._registry if engine and cluster else None)
+        self._declare_etcd_size(self._registry if routing else None)
 
     def render(self) -> bytes:
         """The exposition that Prometheus scrapes, of `METRICS_CONTENT_TYPE`."""
@@ -403,6 +404,21 @@ class Metrics:
             buckets=_ERROR_BUCKETS_S,
             registry=registry,
         )
+
+    def _declare_etcd_size(self, registry: CollectorRegistry | None) -> None:
+        """What a master watches of etcd."""
+        self.etcd_db_bytes = Gauge(
+            "xllm_etcd_db_bytes",
+            "Size of etcd's file, which may not be over the quota.",
+            registry=registry,
+        )
+        self.etcd_db_in_use_bytes = Gauge(
+            "xllm_etcd_db_in_use_bytes", "What of it is in use.", registry=registry
+        )
+        self.etcd_quota_bytes = Gauge(
+            "xllm_etcd_quota_bytes", "etcd refuses writes beyond it.", registry=registry
+        )
+        self.is_leader = Gauge("xllm_is_leader", "1 on the master that leads.", registry=registry)
 
     def _declare_index_upload(self, registry: CollectorRegistry | None) -> None:
         """What a worker tells the cluster of its blocks."""

@@ -4,8 +4,7 @@
     serve     until cancelled
     stop      the API lets running requests end for a moment; then the lease is given back
 
-Any number of masters serve side by side. One is elected for what must be done once; so far there
-is nothing of that kind, so the leader only says that it leads.
+Any number of masters serve side by side. One is elected for what must be done once: `leader.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ import time
 import msgspec
 
 from xllm.config import DEFAULT_ETCD_ADDR, EtcdConfig, MasterConfig
-from xllm.coordination import Election, EmbeddedEtcd, Keys, Session, ensure_etcd
+from xllm.coordination import EmbeddedEtcd, Keys, Session, ensure_etcd
 from xllm.coordination.endpoints import parse_endpoints
 from xllm.errors import EtcdUnavailable
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import MasterId, MasterInfo
 from xllm.roles.car_policy import make_router
 from xllm.roles.cluster import Cluster
+from xllm.roles.cluster_admin import ClusterAdmin
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.cost_routing import Targets
 from xllm.roles.global_index import GlobalIndex
@@ -76,14 +76,18 @@ async def run_master(config: MasterConfig) -> None:
         )
         backend = ClusterBackend(cluster.registry, router, metrics, tokenizer, config.routing)
         route_port = RoutePort(backend, config.load_balance_policy, config.api.max_body_size)
+        admin = ClusterAdmin(
+            config, keys, info, backend, cluster.registry, global_index.index, metrics
+        )
         operator = OperatorPort(
             metrics,
             is_ready=lambda: bool(backend.model_cards()),
-            routes=route_port.routes,
+            routes=[*route_port.routes, *admin.routes],
             max_body_bytes=config.api.max_body_size,
         )
         operator.add_collector(cluster.collect)
         operator.add_collector(global_index.collect)
+        operator.add_collector(admin.collect)
         await stack.enter_async_context(serve(operator.runner(), operator_socket))
 
         # What is left last is entered first: the lease outlives the tasks, and these the API.
@@ -107,7 +111,7 @@ async def run_master(config: MasterConfig) -> None:
         tasks.create_task(session.run())
         await session.register(keys.master(info.master_id), msgspec.json.encode(info))
         metrics.lease_epochs.inc()
-        tasks.create_task(Election(session, keys.leader, info.master_id.encode()).run())
+        tasks.create_task(admin.run(session))
         tasks.create_task(backend.fetch_tokenizers(cluster.changed))
         tasks.create_task(global_index.run(client))
         await cluster.follow(client, keys)

@@ -397,6 +397,9 @@ class Metrics:
         self.route_fetches = counter(
             "route_fetches", "Requests sent with blocks to fetch from another worker."
         )
+        self.hot_prefixes_assigned = counter(
+            "hot_prefixes_assigned", "Prefixes that a worker was told to fetch ahead of requests."
+        )
         self.ttft_estimate_error_seconds = Histogram(
             "xllm_ttft_estimate_error_seconds",
             "Measured time to first token less what was estimated, by worker that is here.",

@@ -145,6 +145,10 @@ class WorkerConfig:
     """Token stream; with `enable_service_routing` false, the public API."""
     rpc_server_port: int = 0
     """Operators: health and metrics; 0: any free port, which is logged and registered."""
+    enable_peer_fetch: bool = True
+    """Fetch blocks from other workers and serve them; only with masters, who know who has what."""
+    block_port: int = 0
+    """Where peers fetch blocks; 0: any free port, which is registered."""
     drain_timeout: float = 3.0
     """Seconds that running requests get to end on a worker that leaves; then they move."""
     enable_cache_upload: bool = False

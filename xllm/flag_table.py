@@ -347,6 +347,13 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
             ),
             Flag(
                 WorkerConfig,
+                "enable_peer_fetch",
+                BOOLEAN,
+                "Fetch blocks from other workers where that is quicker than computing them, and"
+                " serve them theirs.",
+            ),
+            Flag(
+                WorkerConfig,
                 "enable_cache_upload",
                 BOOLEAN,
                 "Tell masters, through etcd, which blocks this worker holds.",
@@ -405,6 +412,12 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
                 "rpc_server_port",
                 _PORT,
                 "Health and metrics, for operators; 0 is any free port.",
+            ),
+            Flag(
+                WorkerConfig,
+                "block_port",
+                _PORT,
+                "Where other workers fetch blocks; 0 is any free port.",
             ),
             Flag(
                 WorkerConfig,

@@ -26,6 +26,9 @@ Epoch = NewType("Epoch", int)
 
 PROTOCOL_VERSION = 1
 
+PEER = "peer"
+"""The key of a fetch from a peer in `WorkerLoad.tier_block_s`."""
+
 TIER_NAMES = ("device", "host", "disk", "remote")
 """From fast to slow: `cache/tier.py` has them as an enum."""
 

@@ -268,7 +268,7 @@ class Metrics:
         )
 
     def _declare_tiers(self, registry: CollectorRegistry | None) -> None:
-        """Blocks by tier: device, host, disk."""
+        """Blocks by tier: device, host, disk, and remote for those that peers hold."""
 
         def counter(name: str, documentation: str, *labels: str) -> Counter:
             return Counter(f"xllm_{name}_total", documentation, labels, registry=registry)
@@ -308,6 +308,28 @@ class Metrics:
         )
         self.tier_detachments = counter(
             "tier_detachments", "Times the disk failed and was left alone for a while."
+        )
+        self.peer_failures = counter(
+            "peer_failures",
+            "Times a peer failed as a source of blocks and was avoided for a while.",
+        )
+        self.peers_avoided = Gauge(
+            "xllm_peers_avoided", "Peers that are not asked for blocks now.", registry=registry
+        )
+        self.peer_blocks_absent = counter(
+            "peer_blocks_absent", "Blocks that a peer was asked for and did not have."
+        )
+        self.peer_blocks_corrupt = counter(
+            "peer_blocks_corrupt", "Blocks that came damaged from a peer."
+        )
+        self.peer_served_blocks = counter(
+            "peer_served_blocks", "Blocks sent to peers, by the tier they came from.", "tier"
+        )
+        self.peer_served_bytes = counter(
+            "peer_served_bytes", "Bytes sent to peers, by the tier they came from.", "tier"
+        )
+        self.peer_serve_misses = counter(
+            "peer_serve_misses", "Blocks that peers asked for and were not here."
         )
         self.kv_block_lifetime_seconds = histogram(
             "kv_block_lifetime", "Age of evicted blocks: time in their tier."
@@ -374,6 +396,9 @@ class Metrics:
         self.index_bad_values = counter("index_bad_values", "Values that could not be read.")
         self.route_fetches = counter(
             "route_fetches", "Requests sent with blocks to fetch from another worker."
+        )
+        self.hot_prefixes_assigned = counter(
+            "hot_prefixes_assigned", "Prefixes that a worker was told to fetch ahead of requests."
         )
         self.ttft_estimate_error_seconds = Histogram(
             "xllm_ttft_estimate_error_seconds",

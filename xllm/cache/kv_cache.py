@@ -28,66 +28,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from xllm.cache.block_hash import CacheRoot, hash_blocks
 from xllm.cache.block_pool import BlockPool
+from xllm.cache.kv_contract import CachedSequence, LowerTiers
+from xllm.cache.prefetch import Prefetcher, PrefetchOutcome
 from xllm.cache.tier import TierName
-from xllm.protocol import BlockHash
+from xllm.protocol import BlockHash, FetchRange
 
 if TYPE_CHECKING:
-    from xllm.cache.loads import LoadTicket
-
-
-class LowerTiers(Protocol):
-    """What is below the device (`tiers.Tiers`)."""
-
-    @property
-    def next_deadline(self) -> float | None: ...
-
-    def match(
-        self, hashes: Seq[BlockHash], block_compute_s: float | None = None
-    ) -> list[TierName]: ...
-
-    def start_load(
-        self, blocks: Seq[tuple[BlockHash, TierName, int]], timeout_s: float
-    ) -> LoadTicket: ...
-
-    def cancel(self, ticket: LoadTicket) -> None: ...
-
-    def poll(self) -> list[LoadTicket]: ...
-
-    def take_returned_blocks(self) -> list[int]: ...
-
-    def committed(self, block_hash: BlockHash, parent: BlockHash | None, block_id: int) -> None: ...
-
-    def used(self, chain: list[BlockHash]) -> None: ...
-
-    def evicted(self, block_hash: BlockHash, block_id: int) -> None: ...
-
-    def cleared(self) -> None: ...
-
-
-class CachedSequence(Protocol):
-    """What the cache reads and keeps of a sequence (`engine/request.py`)."""
-
-    block_table: list[int]
-    block_hashes: list[BlockHash]
-    load: LoadTicket | None
-    cached_by_tier: dict[TierName, int]
-    pending_hashes: list[BlockHash]
-    num_committed_blocks: int
-    num_computed_tokens: int
-    num_written_tokens: int
-
-    @property
-    def token_ids(self) -> list[int]: ...
-
-    @property
-    def salt(self) -> str: ...
-
-    @property
-    def uses_prefix_cache(self) -> bool: ...
+    from xllm.cache.loads import BlockSource, LoadTicket
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +51,7 @@ class PrefixMatch:
     """In those blocks."""
     is_pending: bool
     """The block after the prefix is being computed or loaded by somebody else."""
-    tiers: list[TierName] = field(default_factory=list)
+    sources: list[BlockSource] = field(default_factory=list)
     """Where the blocks that follow those on the device are."""
 
 
@@ -140,6 +91,9 @@ class KVCache:
         self._pending: set[BlockHash] = set()
         self._loading: dict[LoadTicket, CachedSequence] = {}
         self._busy: set[int] = set()
+        self._prefetcher: Prefetcher | None = None
+        if tiers is not None and enable_prefix_cache:
+            self._prefetcher = Prefetcher(pool, tiers, self._pending)
         self._queried_tokens = 0
         self._hit_tokens: dict[TierName, int] = {}
 
@@ -165,13 +119,16 @@ class KVCache:
             if block_id is None:
                 break
             block_ids.append(block_id)
-        rest = seq.block_hashes[len(block_ids) :]
-        tiers: list[TierName] = []
-        is_pending = bool(rest) and rest[0] in self._pending
-        if rest and not is_pending and self._tiers is not None:
-            tiers = self._tiers.match(rest, block_compute_s)
-            is_pending = len(tiers) < len(rest) and rest[len(tiers)] in self._pending
-        return PrefixMatch(block_ids, len(block_ids) * self.block_size, is_pending, tiers)
+        first = len(block_ids)
+        rest = seq.block_hashes[first:]
+        num_known = len(rest)
+        if self._pending:
+            num_known = next((i for i, h in enumerate(rest) if h in self._pending), num_known)
+        sources: list[BlockSource] = []
+        if num_known and self._tiers is not None:
+            sources = self._tiers.match(rest[:num_known], block_compute_s, seq.fetch, first)
+        is_pending = len(sources) == num_known < len(rest)
+        return PrefixMatch(block_ids, first * self.block_size, is_pending, sources)
 
     def expected_blocks(self, seq: CachedSequence, limit: int) -> int:
         """How many leading blocks a waiting `seq` will not compute itself, as far as that can be
@@ -182,7 +139,9 @@ class KVCache:
         names = seq.block_hashes[:limit]
         for index, name in enumerate(names):
             is_known = self.pool.lookup(name) is not None or name in self._pending
-            if not is_known and (self._tiers is None or not self._tiers.match([name])):
+            if is_known:
+                continue
+            if self._tiers is None or not self._tiers.match([name], None, seq.fetch, index):
                 return index
         return len(names)
 
@@ -218,11 +177,11 @@ class KVCache:
         self._pending.update(seq.pending_hashes)
         self._queried_tokens += len(seq.token_ids)
         self._count_hit(TierName.DEVICE, seq.num_computed_tokens)
-        if found := seq.block_hashes[: num_matched + len(match.tiers)]:
+        if found := seq.block_hashes[: num_matched + len(match.sources)]:
             self.on_used(found)
         if self._tiers is not None:
             self._tiers.used(found)
-            if match.tiers:
+            if match.sources:
                 self._start_load(self._tiers, seq, match, load_timeout_s)
         return True
 
@@ -230,11 +189,35 @@ class KVCache:
         """Sequences whose load has ended: `complete_load` is next for each."""
         if self._tiers is None:
             return []
-        done = [self._loading.pop(t, None) for t in self._tiers.poll()]
+        done: list[CachedSequence] = []
+        for ticket in self._tiers.poll():
+            seq = self._loading.pop(ticket, None)
+            if seq is not None:
+                done.append(seq)
+            elif self._prefetcher is not None:
+                self._busy |= self._prefetcher.end(ticket)
         for block_id in self._tiers.take_returned_blocks():
             self._busy.remove(block_id)
             self.pool.release([block_id])
-        return [seq for seq in done if seq is not None]
+        return done
+
+    def prefetch(
+        self,
+        hashes: Seq[BlockHash],
+        fetch: Seq[FetchRange],
+        timeout_s: float,
+        on_end: Callable[[PrefetchOutcome], None],
+    ) -> None:
+        """Brings a chain here from peers ahead of requests: see `prefetch.py`."""
+        if self._prefetcher is None:
+            on_end(PrefetchOutcome(0, 0))
+        else:
+            self._prefetcher.start(hashes, fetch, timeout_s, on_end)
+
+    def cancel_prefetches(self) -> None:
+        """They end with what has arrived by now."""
+        if self._prefetcher is not None:
+            self._busy |= self._prefetcher.cancel()
 
     def complete_load(self, seq: CachedSequence) -> bool:
         """`seq` goes on after the blocks that have arrived; False: there is no block to put in the
@@ -340,7 +323,9 @@ class KVCache:
         self.pool.check_invariants()
         assert set(self._loading.values()) <= {s for s in sequences if s.load is not None}
         references: dict[int, int] = dict.fromkeys(self._busy, 1)
-        for block_id in self.pool.held_block_ids:
+        lent = [] if self._tiers is None else self._tiers.lent_block_ids
+        fetched = [] if self._prefetcher is None else self._prefetcher.block_ids
+        for block_id in (*self.pool.held_block_ids, *lent, *fetched):
             references[block_id] = references.get(block_id, 0) + 1
         for seq in sequences:
             for block_id in seq.block_table:
@@ -348,6 +333,7 @@ class KVCache:
             assert seq.num_computed_tokens <= len(seq.block_table) * self.block_size
         self.pool.check_references(references)
         promised = [h for seq in sequences for h in seq.pending_hashes]
+        promised += [] if self._prefetcher is None else self._prefetcher.pending_hashes
         assert len(promised) == len(set(promised))
         assert set(promised) == self._pending
 
@@ -363,9 +349,9 @@ class KVCache:
         self, tiers: LowerTiers, seq: CachedSequence, match: PrefixMatch, timeout_s: float
     ) -> None:
         start = len(match.block_ids)
-        stop = start + len(match.tiers)
+        stop = start + len(match.sources)
         blocks = zip(
-            *(seq.block_hashes[start:stop], match.tiers, seq.block_table[start:stop]), strict=True
+            *(seq.block_hashes[start:stop], match.sources, seq.block_table[start:stop]), strict=True
         )
         seq.load = tiers.start_load(list(blocks), timeout_s)
         self._loading[seq.load] = seq

@@ -11,6 +11,10 @@ one queue of commands, one callback per step, and `statistics()`, an immutable s
 replaced after each step. A request's listener gets every delta and exactly one end: the last delta
 of each sample, or one error; after `cancel` it is not called any more.
 
+`cache_lock` is the engine's thread's but while it computes or sleeps. Then whoever takes it may use
+the cache's books, for a moment, as long as no sequence is changed: the server of peers pins and
+unpins blocks like that, and does not wait for a step of a long prompt to end.
+
 A step that raises fails the requests in it (EngineFault), frees their blocks, and the loop goes
 on; after MAX_FAULTS_IN_A_ROW of them the engine gives up, and `wait_closed` raises.
 """
@@ -32,6 +36,7 @@ from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.kv_cache import KVCache
 from xllm.cache.news import CacheNews, NewsCollector
+from xllm.cache.prefetch import PrefetchOutcome
 from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
 from xllm.engine.limits import check_request, scheduler_limits
@@ -46,7 +51,7 @@ from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
 from xllm.engine.warm_up import warm_up_plans
 from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError, WorkerLost
-from xllm.protocol import GenerateRequest, TokenDelta
+from xllm.protocol import BlockHash, FetchRange, GenerateRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +64,7 @@ MAX_OPEN_REQUESTS = 4096
 MAX_FAULTS_IN_A_ROW = 3
 FLUSH_S = 1.0
 """For the tiers to write what is still on its way to disk, when the engine stops."""
+PREFETCH_TIMEOUT_S = 30.0
 IDLE_POLL_S = 0.05
 """Until the scheduler is asked again when requests are there and none can run."""
 
@@ -84,6 +90,8 @@ class Engine:
         )
         pool = BlockPool(runner.num_blocks, observer=observer)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.cache_lock: Final = threading.Lock()
+        """Taken before anybody but the engine's thread uses `tiers.lender`."""
         runner.allocate_cache(runner.num_blocks)
         self.tiers: Final = open_tiers(pool, root, lambda: self._commands.put(_wake_up))
         limits = scheduler_limits(config, runner.max_model_len)
@@ -172,11 +180,7 @@ class Engine:
 
         Raises: what it raises; NoWorker if the engine does not run.
         """
-        if self._closed is None or self._closed.done() or self._loop is None:
-            raise NoWorker("the engine of this worker is not running")
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._calls.add(future)
-        future.add_done_callback(self._calls.discard)
+        future: asyncio.Future[T] = self._new_call()
 
         def run() -> None:
             try:
@@ -187,6 +191,35 @@ class Engine:
 
         self._commands.put(run)
         return await future
+
+    async def prefetch(
+        self,
+        hashes: list[BlockHash],
+        fetch: list[FetchRange],
+        timeout_s: float = PREFETCH_TIMEOUT_S,
+    ) -> PrefetchOutcome:
+        """Brings blocks here from peers that no request waits for; returns when they are here, or
+        as many as could be had in time.
+
+        hashes: names from the first block of a prompt on (`KVCache.name_prompt`); fetch: who has
+        which of them. Raises: NoWorker if the engine does not run.
+        """
+        future: asyncio.Future[PrefetchOutcome] = self._new_call()
+
+        def end(outcome: PrefetchOutcome) -> None:
+            self._post(lambda: None if future.done() else future.set_result(outcome))
+
+        self._commands.put(lambda: self.kv_cache.prefetch(hashes, fetch, timeout_s, end))
+        return await future
+
+    def _new_call(self) -> asyncio.Future[Any]:
+        """Ends with NoWorker if the engine stops before it is answered. Raises: NoWorker."""
+        if self._closed is None or self._closed.done() or self._loop is None:
+            raise NoWorker("the engine of this worker is not running")
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        return future
 
     def statistics(self) -> EngineStatistics:
         """As of the last step; any thread."""
@@ -240,33 +273,46 @@ class Engine:
         error: BaseException | None = None
         try:
             self._runner.enter_thread()
-            self._warm_up()
+            with self.cache_lock:
+                self._warm_up()
             self._post(self._set_started)
             self._publish()
             has_run = False
-            while not self._is_stopping:
-                self._take_commands(may_sleep=not has_run)
-                has_run = self._step()
-                self._publish()
+            with self.cache_lock:
+                while not self._is_stopping:
+                    self._take_commands(may_sleep=not has_run)
+                    has_run = self._step()
+                    self._publish()
         except BaseException as caught:
             error = caught
             logger.exception("engine_stopped")
         if self.tiers is not None:
-            self._scheduler.abort_all()
-            self.tiers.close(FLUSH_S)
+            with self.cache_lock:
+                self._scheduler.abort_all()
+                self.kv_cache.cancel_prefetches()
+                self.tiers.close(FLUSH_S)
         self._post(lambda: self._set_closed(error))
 
     def _take_commands(self, *, may_sleep: bool) -> None:
         """Applies what the event loop asked for; sleeps while there is nothing to run."""
         if may_sleep:
             with contextlib.suppress(queue.Empty):
-                self._commands.get(timeout=self._max_sleep_s())()
+                self._next_command()()
         while True:
             try:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 return
             command()
+
+    def _next_command(self) -> Callable[[], None]:
+        """Sleeps until there is one. Raises: queue.Empty."""
+        timeout_s = self._max_sleep_s()
+        self.cache_lock.release()
+        try:
+            return self._commands.get(timeout=timeout_s)
+        finally:
+            self.cache_lock.acquire()
 
     def _begin(self, handle: RunningRequest, arrival: float) -> None:
         request = handle.request
@@ -338,11 +384,15 @@ class Engine:
                     self.observer.request_begun(time.monotonic() - item.seq.arrival)
 
     def _execute(self, plan: StepPlan, outputs: StepOutputs) -> SampledTokens:
-        if plan.copies:
-            self._runner.copy_blocks(plan.copies)
         runner = self._runner
+        if plan.copies:
+            runner.copy_blocks(plan.copies)
         batch = build_batch(plan, self.kv_cache.block_size, runner.device, runner.staging)
-        return runner.execute(batch, outputs.sampling)
+        self.cache_lock.release()
+        try:
+            return runner.execute(batch, outputs.sampling)
+        finally:
+            self.cache_lock.acquire()
 
     def _fail(self, plan: StepPlan) -> None:
         """After a step that raised: nobody knows what its blocks hold, so nobody may use them."""

@@ -25,6 +25,7 @@ from xllm.roles.cluster_view import (
 )
 from xllm.roles.command_desk import CommandDesk
 from xllm.roles.etcd_size import EtcdSize
+from xllm.roles.hot_prefix_duty import HotPrefixDuty
 from xllm.roles.leader import Leader
 from xllm.roles.leader_word import decode_word, encode_word
 from xllm.roles.registry import Registry
@@ -44,7 +45,10 @@ class ClusterAdmin:
         registry: Registry[WorkerStream],
         index: CacheIndex,
         metrics: Metrics,
+        hot: HotPrefixDuty | None = None,
     ) -> None:
+        """`hot`: what a leader does about prefixes that many want; None: nothing."""
+        self._hot = hot
         self._config = config
         self._keys = keys
         self._info = info
@@ -69,7 +73,8 @@ class ClusterAdmin:
         self._session = session
         self._election = election = Election(session, keys.leader, value)
         self._size = EtcdSize(client, self._metrics)
-        self._port.open(CommandDesk(client, keys, master_id))
+        desk = CommandDesk(client, keys, master_id)
+        self._port.open(desk)
         leader = Leader(
             election,
             client,
@@ -84,6 +89,8 @@ class ClusterAdmin:
             tasks.create_task(election.run())
             tasks.create_task(leader.run())
             tasks.create_task(self._size.run())
+            if self._hot is not None:
+                tasks.create_task(self._hot.run(desk, lambda: election.is_leader))
 
     def collect(self) -> None:
         """Brings the metrics up to date."""

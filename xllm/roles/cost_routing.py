@@ -11,7 +11,7 @@ of its own: a backlog is in the unit of the compute that a prefix saves. Rules:
     hashed is the first block that the worker lacks: prompts that share only a system prompt spread
     over the cluster, prompts that share more meet. Where nothing is lacking, the fewest requests.
  4. A worker that has measured nothing is taken for one like the others, and one without events
-    for one that holds nothing.
+    for one that holds nothing. Workers whose costs differ by no more than noise are equal.
 
 Not here: which workers may be asked (`registry.py`), what etcd says (`index_view.py`).
 """
@@ -27,7 +27,16 @@ from xllm.cache.block_pool import BlockEventKind
 from xllm.cache.event_codec import EventBatch, Section, TierCode
 from xllm.cache.index import CacheIndex, TierCounts
 from xllm.protocol import WorkerId, WorkerLoad
-from xllm.roles.cost_model import DEFAULT_COST, Parts, RawParts, ReuseMeter, WorkerView, cost_s
+from xllm.roles.cost_model import (
+    DEFAULT_COST,
+    CostKind,
+    Parts,
+    RawParts,
+    ReuseMeter,
+    WorkerView,
+    cost_s,
+    measured_cost,
+)
 from xllm.roles.global_scheduler import Candidate
 
 CREDIT_S = 2.0
@@ -97,16 +106,15 @@ class CostRouting:
         self._dispatches: dict[str, tuple[Estimate, float]] = {}
         self._credits = _Credits()
         self._reuse = ReuseMeter()
-        self._average = DEFAULT_COST
+        self._kinds = [CostKind(DEFAULT_COST)]
+        """The first one: of workers that have measured nothing, while nobody has."""
 
     def report(self, worker: WorkerId, load: WorkerLoad, num_unacknowledged: int = 0) -> None:
         """A load report has come; the last `num_unacknowledged` dispatches are not in it."""
-        if load.prefill_cost is not None:
-            self._average = load.prefill_cost
         view = self._view(worker)
-        view.report(
-            load, num_unacknowledged, self._clock(), self._average, self._block_size, self._reuse
-        )
+        kind = self._kind_of(view, load)
+        now = self._clock()
+        view.report(load, num_unacknowledged, now, kind, self._block_size, self._reuse)
 
     def forget(self, worker: WorkerId) -> None:
         """The worker is gone; its requests are ended by whoever runs them."""
@@ -153,6 +161,10 @@ class CostRouting:
         """`WorkerView.tpot_s`."""
         return self._view(worker).tpot_s
 
+    def token_s(self, worker: WorkerId) -> float:
+        """Of a worker's step, what one token in it adds."""
+        return self._view(worker).kind.cost.token_s
+
     def dispatched(self, prompt: Prompt, estimate: Estimate) -> None:
         """The request was sent to the estimate's worker."""
         now = self._clock()
@@ -180,9 +192,24 @@ class CostRouting:
     def _view(self, worker: WorkerId) -> WorkerView:
         view = self._views.get(worker)
         if view is None:
-            view = self._views[worker] = WorkerView(worker, self._clock())
-            view.cost = self._average
+            view = self._views[worker] = WorkerView(worker, self._kinds[-1], self._clock())
         return view
+
+    def _kind_of(self, view: WorkerView, load: WorkerLoad) -> CostKind:
+        cost = measured_cost(load)
+        if cost is None:
+            return self._kinds[-1]
+        if view.load is None or view.kind is self._kinds[0] or not view.kind.matches(cost):
+            used = {id(other.kind) for other in self._views.values()}
+            self._kinds[1:] = [kind for kind in self._kinds[1:] if id(kind) in used]
+            matching = (kind for kind in self._kinds[1:] if kind.matches(cost))
+            kind = next(matching, None)
+            if kind is None:
+                kind = CostKind(cost)
+                self._kinds.append(kind)
+            return kind
+        view.kind.add(cost)
+        return view.kind
 
     def _weigh(
         self,

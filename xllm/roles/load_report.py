@@ -10,7 +10,7 @@ import math
 
 from xllm.cache.tier import TierName
 from xllm.engine.statistics import EngineStatistics
-from xllm.protocol import Epoch, PrefillCost, TierUsage, Watermark, WorkerLoad
+from xllm.protocol import PEER, Epoch, PrefillCost, TierUsage, Watermark, WorkerLoad
 
 
 def make_load(
@@ -69,6 +69,7 @@ def _tier_block_s(now: EngineStatistics) -> dict[str, float]:
     if now.tiers is None:
         return {}
     measured = {tier.value: now.tiers.block_s(tier) for tier in now.tiers.tables}
+    measured[PEER] = now.tiers.peer_block_s
     return {tier: significant(block_s, 3) for tier, block_s in measured.items() if block_s}
 
 

@@ -29,6 +29,7 @@ from xllm.roles.cluster_admin import ClusterAdmin
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.cost_routing import Targets
 from xllm.roles.global_index import GlobalIndex
+from xllm.roles.hot_prefix_duty import HotPrefixDuty
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort, serve
 from xllm.roles.route_port import RoutePort
@@ -74,10 +75,14 @@ async def run_master(config: MasterConfig) -> None:
             time.monotonic,
             Targets(config.routing.target_ttft / 1e3, config.routing.target_tpot / 1e3),
         )
-        backend = ClusterBackend(cluster.registry, router, metrics, tokenizer, config.routing)
+        hot = HotPrefixDuty(global_index.index, router, cluster.registry, metrics, time.monotonic)
+        backend = ClusterBackend(
+            *(cluster.registry, router, metrics, tokenizer, config.routing), on_sent=hot.observe
+        )
         route_port = RoutePort(backend, config.load_balance_policy, config.api.max_body_size)
         admin = ClusterAdmin(
-            config, keys, info, backend, cluster.registry, global_index.index, metrics
+            *(config, keys, info, backend, cluster.registry, global_index.index, metrics),
+            hot if config.routing.enable_peer_fetch else None,
         )
         operator = OperatorPort(
             metrics,

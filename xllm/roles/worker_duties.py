@@ -4,11 +4,11 @@ leader and executes operators' commands."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from xllm.coordination import Keys, Session
-from xllm.protocol import LeaderWord, WorkerId
+from xllm.protocol import BlockHash, FetchRange, LeaderWord, WorkerId
 from xllm.roles.cache_upload import CacheUpload
 from xllm.roles.command_actions import CommandActions
 from xllm.roles.command_runner import CommandRunner
@@ -38,7 +38,11 @@ async def run_duties(
         if upload is not None:
             upload.heed(word)
 
-    actions = CommandActions(engine, drain)
+    async def prefetch(names: Sequence[BlockHash], fetch: Sequence[FetchRange]) -> int:
+        return (await engine.prefetch(list(names), list(fetch))).num_fetched
+
+    has_peers = engine.tiers is not None and engine.tiers.peers is not None
+    actions = CommandActions(engine, drain, prefetch if has_peers else None)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(membership.publish_load())
         tasks.create_task(follow_leader(session.client, keys, heed))

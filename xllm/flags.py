@@ -21,6 +21,7 @@ from xllm.config import (
     EngineConfig,
     EtcdConfig,
     HostConfig,
+    IndexConfig,
     LogConfig,
     MasterConfig,
     RoutingConfig,
@@ -75,7 +76,9 @@ def parse_command_line(argv: Sequence[str]) -> MasterConfig | WorkerConfig | Ans
         "api": build(ApiConfig),
     }
     if role == "master":
-        master: MasterConfig = build(MasterConfig, **shared, routing=build(RoutingConfig))
+        master: MasterConfig = build(
+            MasterConfig, **shared, routing=build(RoutingConfig), index=build(IndexConfig)
+        )
         return master
     worker: WorkerConfig = build(WorkerConfig, **shared, engine=build(EngineConfig))
     _check_worker(worker)

@@ -11,6 +11,7 @@ from xllm.config import (
     EngineConfig,
     EtcdConfig,
     HostConfig,
+    IndexConfig,
     LogConfig,
     MasterConfig,
     RoutingConfig,
@@ -49,12 +50,23 @@ def test_without_flags_the_config_has_its_own_defaults() -> None:
 @pytest.mark.parametrize(
     ("role", "configs"),
     [
-        ("master", [MasterConfig, RoutingConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
+        (
+            "master",
+            [
+                MasterConfig,
+                RoutingConfig,
+                IndexConfig,
+                EtcdConfig,
+                HostConfig,
+                LogConfig,
+                ApiConfig,
+            ],
+        ),
         ("worker", [WorkerConfig, EngineConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
     ],
 )
 def test_every_field_of_a_config_has_its_flag(role: str, configs: list[type]) -> None:
-    parts = {"etcd", "net", "log", "api", "engine", "routing"}
+    parts = {"etcd", "net", "log", "api", "engine", "routing", "index"}
     wanted = {
         (config, field.name)
         for config in configs

@@ -25,6 +25,11 @@ Epoch = NewType("Epoch", int)
 """One lease of a worker: the etcd lease id, 63 random bits; only ever compared for equality."""
 
 PROTOCOL_VERSION = 1
+"""Of the token stream. A new one is for what an older process would take for something else: fields
+may be added without it, at the end of an array and anywhere in an object."""
+
+MAX_N = 128
+"""Samples of one request."""
 
 TIER_NAMES = ("device", "host", "disk", "remote")
 """From fast to slow: `cache/tier.py` has them as an enum."""

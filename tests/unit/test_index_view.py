@@ -248,6 +248,34 @@ def test_a_bad_value_is_logged_and_harms_nobody(
     assert master.held(B) == {1}
 
 
+def test_a_head_that_counts_chunks_that_are_not_there_costs_nothing() -> None:
+    etcd, master = Etcd(), Master()
+    etcd.register(A, 7)
+    etcd.chunk(A, 7, 1, 0, chunk(1))
+    etcd.head(A, 7, Head(1, 2**32 - 1, 1))
+    master.feed(etcd.snapshot())
+    assert master.held(A) == set()
+    master.feed(etcd.head(A, 7, Head(2, 2**32 - 1, 2)))
+    assert master.view.missing() == [(A, Epoch(7))]
+
+
+def test_a_jump_with_a_bad_chunk_is_read_again_and_until_then_nothing_is_believed() -> None:
+    etcd, master = Etcd(), Master()
+    master.feed(etcd.register(A, 7), etcd.delta(A, 7, 1, stored(1)))
+    master.feed(etcd.chunk(A, 7, 1, 0, chunk(5)), etcd.chunk(A, 7, 1, 1, b"garbage"))
+    master.feed(etcd.head(A, 7, Head(1, 2, 3)))
+    assert master.view.missing() == [(A, Epoch(7))]
+    # Number 2 would be next for whoever thinks that nothing has happened.
+    master.feed(etcd.delta(A, 7, 2, stored(9)))
+    assert 9 not in master.held(A)
+    etcd.delete(f"{KEYS.cache_of(A, Epoch(7))}d/{1:016x}")
+    etcd.delete(f"{KEYS.cache_of(A, Epoch(7))}d/{2:016x}")
+    etcd.chunk(A, 7, 1, 1, chunk(6))
+    etcd.delta(A, 7, 4, stored(7))
+    master.feed(etcd.worker_snapshot(A, Epoch(7)))
+    assert master.held(A) == {5, 6, 7}
+
+
 def test_work_stops_when_its_time_is_over_and_goes_on_later() -> None:
     etcd, master = Etcd(), Master()
     hashes = tuple(range(5 * SLICE_BLOCKS))

@@ -234,8 +234,12 @@ class IndexView:
     ) -> Iterator[None]:
         for tier in TierCode:
             yield from self._index.clear_slices(worker_id, tier)
-        for chunk in chunks:
-            yield from self._index.apply_slices(worker_id, codec.decode_chunk(chunk))
+        try:
+            for chunk in chunks:
+                yield from self._index.apply_slices(worker_id, codec.decode_chunk(chunk))
+        except BadValue as error:
+            self._lose(worker_id, epoch, str(error))  # changes go with all of it or nothing
+            raise
         epoch.gen, epoch.seq = (head.gen, head.base_seq) if head is not None else (0, 0)
 
     def _lose(self, worker_id: WorkerId, epoch: _Epoch, reason: str) -> None:
@@ -290,10 +294,12 @@ class IndexView:
         gen = head.gen if head is not None else 0
         goes_on = not epoch.lost and base <= epoch.seq <= max(deltas, default=base)
         if not goes_on:
-            numbers = range(head.chunks if head is not None else 0)
+            num_chunks = head.chunks if head is not None else 0
+            # A number is believed no further than there are values.
+            numbers = range(min(num_chunks, len(chunks)))
             wanted = [chunks[gen, i] for i in numbers if (gen, i) in chunks]
-            if len(wanted) < len(numbers):
-                raise BadValue(f"generation {gen} has {len(wanted)} of {len(numbers)} chunks")
+            if len(wanted) < num_chunks:
+                raise BadValue(f"generation {gen} has {len(wanted)} of {num_chunks} chunks")
             yield from self._replace(worker_id, epoch, head, wanted)
         epoch.lost = False
         epoch.gen = gen

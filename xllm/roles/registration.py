@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import msgspec
 
 from xllm.coordination import KeyValue
-from xllm.protocol import WorkerId, WorkerInfo
+from xllm.net import split_host_port
+from xllm.protocol import PROTOCOL_VERSION, WorkerId, WorkerInfo, WorkerLoad
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +50,49 @@ class CacheGroup:
         return ""
 
 
+def version_refusal(info: WorkerInfo) -> str:
+    """Why a master of this version cannot talk to the worker; empty if it can."""
+    if info.protocol_version == PROTOCOL_VERSION:
+        return ""
+    return (
+        f"protocol version {info.protocol_version} of the worker is not {PROTOCOL_VERSION} of this "
+        "master: it needs a master of its own version"
+    )
+
+
 def decode_worker(kv: KeyValue) -> WorkerInfo | None:
-    """None, and a line in the log, for a value that is no registration."""
+    """None, and a line in the log, for a value that is no registration.
+
+    Fields that this version does not know are passed over: they are a later one's.
+    """
     try:
-        return msgspec.json.decode(kv.value, type=WorkerInfo)
-    except msgspec.MsgspecError as error:
+        info = msgspec.json.decode(kv.value, type=WorkerInfo)
+        _check_worker(kv, info)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         logger.warning("bad_registration key=%s error=%r", kv.key, str(error))
         return None
+    return info
+
+
+def decode_load(kv: KeyValue) -> WorkerLoad | None:
+    """None, and a line in the log, for a value that is no load report."""
+    try:
+        return msgspec.json.decode(kv.value, type=WorkerLoad)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        logger.warning("bad_load key=%s error=%r", kv.key, str(error))
+        return None
+
+
+def _check_worker(kv: KeyValue, info: WorkerInfo) -> None:
+    """What masters take for granted. Raises: ValueError."""
+    if kv.key.rpartition("/")[2] != info.worker_id:
+        raise ValueError(f"worker_id is {info.worker_id!r}")
+    split_host_port(info.address)
+    for name in ("block_size", "device_blocks", "block_bytes"):
+        if getattr(info, name) < 1:
+            raise ValueError(f"{name} is {getattr(info, name)}")
+    if min(info.model.max_model_len, info.model.vocab_size) < 1:
+        raise ValueError(f"no model has {info.model}")
 
 
 def find_conflict(info: WorkerInfo, registered: Iterable[KeyValue]) -> str:

@@ -10,7 +10,8 @@ A lease may be gone while its worker runs on (a pause, an etcd that came back em
 whose stream answers stays. READY workers get requests; SUSPECT ones only while no other is READY.
 
 Of the workers of one model the first sets weights and block size for as long as any that agrees
-with it is here; one that does not agree is REFUSED, and has no stream.
+with it is here; one that does not agree is REFUSED, and has no stream. So is one that speaks
+another version of the protocol: a master of that version serves it.
 
 Everything here is synchronous. Whoever feeds the registry runs the streams that `streams()` names,
 and ends those that it does not name any more.
@@ -24,13 +25,11 @@ from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from typing import Generic, Protocol, TypeVar
 
-import msgspec
-
 from xllm.coordination import PUT, Change, KeyValue, Snapshot
 from xllm.errors import NoWorker, UnknownModel
 from xllm.protocol import ModelCard, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.roles.global_scheduler import Candidate
-from xllm.roles.registration import CacheGroup, decode_worker
+from xllm.roles.registration import CacheGroup, decode_load, decode_worker, version_refusal
 from xllm.roles.stream_client import StreamState
 
 logger = logging.getLogger(__name__)
@@ -124,11 +123,8 @@ class Registry(Generic[StreamT]):
         for change in update:
             worker_id = _worker_id(change.kv)
             self._loads.pop(worker_id, None)
-            if change.kind is PUT:
-                try:
-                    self._loads[worker_id] = msgspec.json.decode(change.kv.value, type=WorkerLoad)
-                except msgspec.MsgspecError as error:
-                    logger.warning("bad_load key=%s error=%r", change.kv.key, str(error))
+            if change.kind is PUT and (load := decode_load(change.kv)) is not None:
+                self._loads[worker_id] = load
 
     def settle(self) -> None:
         """Drops who is gone and groups the others; to be called when a stream has changed."""
@@ -137,15 +133,19 @@ class Registry(Generic[StreamT]):
             if not member.registered and member.state in gone:
                 del self._members[worker_id]
                 logger.info("worker_removed worker_id=%s", worker_id)
-        served = {(m.model_id, m.info.fingerprint, m.info.block_size) for m in self}
-        for member in sorted(self, key=lambda member: member.since):
+        compatible = [m for m in self if not version_refusal(m.info)]
+        served = {(m.model_id, m.info.fingerprint, m.info.block_size) for m in compatible}
+        for member in self:
+            if refusal := version_refusal(member.info):
+                self._admit(member, refusal)
+        for member in sorted(compatible, key=lambda member: member.since):
             group = self._groups.get(member.model_id)
             if (
                 group is None
                 or (member.model_id, group.fingerprint, group.block_size) not in served
             ):
                 group = self._groups[member.model_id] = CacheGroup.of(member.info)
-            self._admit(member, group)
+            self._admit(member, group.refusal(member.info))
 
     def _put(self, kv: KeyValue) -> None:
         info = decode_worker(kv)
@@ -169,8 +169,7 @@ class Registry(Generic[StreamT]):
         if member.stream is not None:
             member.stream.expect(info)
 
-    def _admit(self, member: Member[StreamT], group: CacheGroup) -> None:
-        refusal = group.refusal(member.info)
+    def _admit(self, member: Member[StreamT], refusal: str) -> None:
         if refusal and refusal != member.refusal:
             logger.warning("worker_refused worker_id=%s reason=%r", member.info.worker_id, refusal)
         member.refusal = refusal

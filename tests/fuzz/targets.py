@@ -1,0 +1,22 @@
+"""All targets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.fuzz.cache_targets import EventTarget, IndexTarget, SlabTarget
+from tests.fuzz.runner import Target
+from tests.fuzz.stream_targets import FrameTarget, MasterEndTarget, WorkerEndTarget
+from tests.fuzz.text_targets import BodyTarget, FlagTarget, RegistryTarget
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "frames": FrameTarget,
+    "worker_stream": WorkerEndTarget,
+    "master_stream": MasterEndTarget,
+    "events": EventTarget,
+    "index": IndexTarget,
+    "slab": SlabTarget,
+    "registry": RegistryTarget,
+    "flags": FlagTarget,
+    "http": BodyTarget,
+}

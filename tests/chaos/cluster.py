@@ -59,6 +59,10 @@ class Role:
         assert self.process is not None
         self.process.send(signum)
 
+    def stop(self) -> None:
+        """Asks it to end, as an operator would; does not wait."""
+        self.send(signal.SIGTERM)
+
     def kill(self) -> None:
         assert self.process is not None
         self.killed_at = time.monotonic()
@@ -134,6 +138,11 @@ class ChaosCluster:
             await role.until_healthy()
         for master in self.masters:
             await self.until_workers(master, num_workers, START_TIMEOUT_S)
+
+    def add_master(self) -> Master:
+        """One more; to be launched."""
+        self.masters.append(self._make_master(len(self.masters)))
+        return self.masters[-1]
 
     async def stop(self) -> None:
         for worker in self.workers:

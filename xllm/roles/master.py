@@ -2,7 +2,8 @@
 
     startup   ports, with the API answering 503; etcd, which may be an own child; registration
     serve     until cancelled
-    stop      the API lets running requests end for a moment; then the lease is given back
+    stop      no new connections; running requests get `--drain_timeout`; then the lease is given
+              back. After /admin/drain, see `departure.py`
 
 Any number of masters serve side by side. One is elected for what must be done once; so far there
 is nothing of that kind, so the leader only says that it leads.
@@ -26,6 +27,7 @@ from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import MasterId, MasterInfo
 from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_backend import ClusterBackend
+from xllm.roles.departure import Departure, Drained
 from xllm.roles.global_scheduler import make_policy
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort, serve
@@ -38,10 +40,17 @@ ETCD_RETRY_S = 1.0
 
 
 async def run_master(config: MasterConfig) -> None:
-    """Serves until cancelled.
+    """Serves until cancelled or drained.
 
     Raises: ConfigError, EtcdUnavailable.
     """
+    try:
+        await _serve(config)
+    except* Drained:
+        logger.info("master_drained")
+
+
+async def _serve(config: MasterConfig) -> None:
     policy = make_policy(config.load_balance_policy)
     keys = Keys(config.etcd.etcd_namespace)
     metrics = Metrics(engine=False)
@@ -64,15 +73,21 @@ async def run_master(config: MasterConfig) -> None:
         tokenizer = await _load_tokenizer(config)
         cluster = Cluster(info.master_id, metrics)
         backend = ClusterBackend(cluster.registry, policy, metrics, tokenizer, config.routing)
-        operator = OperatorPort(metrics, is_ready=lambda: bool(backend.model_cards()))
+        departure = Departure(metrics.num_api_requests, config.drain_timeout)
+        operator = OperatorPort(
+            metrics,
+            is_ready=lambda: not departure.is_leaving and bool(backend.model_cards()),
+            drain=departure.begin,
+        )
         operator.add_collector(cluster.collect)
         await stack.enter_async_context(serve(operator.runner(), operator_socket))
 
         # What is left last is entered first: the lease outlives the tasks, and these the API.
         etcd_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        app = build_app(backend, config.api, metrics)
-        await stack.enter_async_context(serve(make_runner(app), api_socket))
+        app = build_app(backend, config.api, metrics, lambda: departure.is_leaving)
+        runner = make_runner(app, config.drain_timeout)
+        await stack.enter_async_context(serve(runner, api_socket))
         tasks.create_task(measure_event_loop_lag(metrics))
         logger.info("master_listening url=http://%s", address)
 
@@ -91,7 +106,10 @@ async def run_master(config: MasterConfig) -> None:
         metrics.lease_epochs.inc()
         tasks.create_task(Election(session, keys.leader, info.master_id.encode()).run())
         tasks.create_task(backend.fetch_tokenizers(cluster.changed))
-        await cluster.follow(client, keys)
+        # Not in here: it has to go on until the API has ended.
+        tasks.create_task(cluster.follow(client, keys))
+        await departure.wait()
+        raise Drained
 
 
 def _listen(host: str, port: int, flag: str) -> contextlib.closing[socket.socket]:

@@ -2,7 +2,8 @@
 
 GET  /health            200 when the process can serve, else 503
 GET  /metrics           for Prometheus
-POST /admin/drain       a worker stops taking requests, lets running ones end, and ends itself;
+POST /admin/drain       a worker stops taking requests, lets running ones end, and ends itself; a
+                        master says that it is not healthy, and ends when nobody uses it any more;
                         ?timeout=SECONDS instead of --drain_timeout
 
 and what the role adds.

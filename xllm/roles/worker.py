@@ -27,6 +27,7 @@ from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.roles.cache_port import CachePort
+from xllm.roles.departure import Drained
 from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.local_backend import LocalBackend
 from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
@@ -41,10 +42,6 @@ if TYPE_CHECKING:
     from xllm.roles.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
-
-
-class _Drained(Exception):
-    """An operator has drained the worker: its process ends."""
 
 
 async def run_worker(config: WorkerConfig) -> None:
@@ -70,7 +67,7 @@ async def run_worker(config: WorkerConfig) -> None:
                     await worker.serve_masters(tasks)
                 else:
                     await worker.serve_clients(tasks)
-        except* _Drained:
+        except* Drained:
             logger.info("worker_drained")
 
 
@@ -153,7 +150,7 @@ class _Worker:
                 server.close()
                 publishing.cancel()
                 await asyncio.gather(publishing, return_exceptions=True)
-        raise _Drained
+        raise Drained
 
     def _begin_drain(self, timeout_s: float | None) -> float:
         """Returns the seconds that running requests get."""

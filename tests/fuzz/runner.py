@@ -30,6 +30,8 @@ class Target:
     """One parser, or a few that belong together. May be used by one run."""
 
     name: str
+    traces_memory = True
+    """False: only the peak of the process is looked at, for what would take too long else."""
 
     def make(self, rng: random.Random) -> Any:
         """The next input: any value with a useful `repr`."""
@@ -75,7 +77,7 @@ def run_target(
     started = time.monotonic()
     memory_before = _peak_memory_bytes()
     count = peak_bytes = 0
-    with contextlib.closing(target), _measuring():
+    with contextlib.closing(target), _measuring(target.traces_memory):
         while num_inputs is None or count < num_inputs:
             if max_s is not None and time.monotonic() - started > max_s:
                 break
@@ -120,14 +122,15 @@ def _report(target: Target, data: Any, what: str) -> str:
 
 
 @contextlib.contextmanager
-def _measuring() -> Iterator[None]:
+def _measuring(traces_memory: bool) -> Iterator[None]:
     def hang(signum: int, frame: FrameType | None) -> None:
         raise Hang
 
     assert threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGVTALRM, hang)
     was_tracing = tracemalloc.is_tracing()
-    tracemalloc.start()
+    if traces_memory:
+        tracemalloc.start()
     try:
         yield
     finally:

@@ -46,19 +46,14 @@ from xllm.roles.api.sampling import choose_seed, sampling_params
 from xllm.roles.registry import Registry
 from xllm.roles.stream_client import StreamState
 
-_FLAG_OVERHEAD_BYTES = 4 << 20
-"""absl builds all its flags for each command line."""
-_FLAG_BYTES_PER_BYTE = 50_000
-"""absl compares a name that it does not know with all that it does."""
-
-
 _MAX_TYPED = 80
 
 
 class FlagTarget(Target):
-    """A command line is a config, an answer, or a ConfigError of one readable message."""
+    """A command line is a config, an answer, or a ConfigError."""
 
     name = "flags"
+    traces_memory = False  # absl builds all its flags for each command line
 
     def __init__(self) -> None:
         self._flags = {role: list(role_flags(role)) for role in ROLES}
@@ -100,7 +95,7 @@ class FlagTarget(Target):
             parse_command_line(data)
 
     def allowed_bytes(self, data: list[str]) -> int:
-        return _FLAG_OVERHEAD_BYTES + _FLAG_BYTES_PER_BYTE * sum(map(len, data))
+        return 0
 
 
 _SAMPLING: dict[str, Any] = {

@@ -89,7 +89,14 @@ def _float(rng: random.Random) -> float:
 def odd_text(rng: random.Random) -> str:
     return rng.choice(
         (
-            *("", "\0", "x" * rng.choice((1, 70, 3000)), "é😀‮", "\x7f\r\n", "../../etc/passwd"),
+            *(
+                "",
+                "\0",
+                "x" * rng.choice((1, 70, 3000, 4000)),
+                "é😀‮",
+                "\x7f\r\n",
+                "../../etc/passwd",
+            ),
             *("0", "-1", "1e400", "nan", "true", "null", "{{ 7 * 7 }}", "%s%n", "[]:0", "9" * 5000),
             *("<|im_end|>", "a b", "/", "[" * 3000, '"', "'", "\\", "\u2028", "\ufeff"),
         )

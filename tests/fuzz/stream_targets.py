@@ -163,7 +163,7 @@ class FrameTarget(Target):
         return _allowed_bytes(data)
 
 
-class _Transport(asyncio.Transport):
+class DeadTransport(asyncio.Transport):
     """Takes everything and sends nothing."""
 
     def __init__(self) -> None:
@@ -255,7 +255,7 @@ class WorkerEndTarget(Target):
         engine = _Engine()
         server = StreamServer(_WORKER, _EPOCH, engine, TokenizerFiles({"t": b"{}"}))
         connection = MasterConnection(server)
-        connection.connection_made(_Transport())
+        connection.connection_made(DeadTransport())
         for piece in data:
             connection.data_received(piece)
         server.watermarks()
@@ -300,7 +300,7 @@ class MasterEndTarget(Target):
     def _feed(self, data: list[bytes]) -> None:
         stream = WorkerStream(self._info, _MASTER, rng=random.Random(0))
         connection = WorkerConnection(stream)
-        connection.connection_made(_Transport())
+        connection.connection_made(DeadTransport())
         num_ends = dict.fromkeys(("r0", "r1"), 0)
         shaken = False
         for piece in data:

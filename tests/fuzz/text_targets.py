@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ import orjson
 from tests.fakes import MODEL, tiny_tokenizer
 from tests.fuzz.mutate import mutate_bytes, mutate_value, odd_text, odd_value, random_bytes
 from tests.fuzz.runner import Target
+from xllm.cache.index import CacheIndex
 from xllm.coordination import DELETE, PUT, Change, Keys, KeyValue, Snapshot
 from xllm.errors import ConfigError, RequestError
 from xllm.flag_table import ROLES, Flag, role_flags
@@ -25,6 +27,7 @@ from xllm.protocol import (
     MasterId,
     ModelCard,
     PrefillCost,
+    SamplingParams,
     Watermark,
     WorkerId,
     WorkerInfo,
@@ -43,6 +46,9 @@ from xllm.roles.api.requests import (
     TokenizeTextRequest,
 )
 from xllm.roles.api.sampling import choose_seed, sampling_params
+from xllm.roles.car_policy import POLICY_NAMES, make_router
+from xllm.roles.cost_routing import Targets
+from xllm.roles.registration import cache_root
 from xllm.roles.registry import Registry
 from xllm.roles.stream_client import StreamState
 
@@ -259,6 +265,9 @@ class _Stream:
     def unreported(self, load: WorkerLoad | None) -> int:
         return 0
 
+    def unacknowledged(self, load: WorkerLoad) -> int:
+        return 0
+
 
 class RegistryTarget(Target):
     """Registrations and load reports as a master reads them from etcd."""
@@ -293,11 +302,31 @@ class RegistryTarget(Target):
 
     def feed(self, data: RegistryInput) -> None:
         registry = Registry(_Stream)
+        index, clock = CacheIndex(), itertools.count().__next__
+        routers = [
+            make_router(name, index, registry.cache_root, clock, Targets(1.0, 0.1))
+            for name in POLICY_NAMES
+        ]
+
+        def report(info: WorkerInfo, load: WorkerLoad, num_unacknowledged: int) -> None:
+            for router in routers:
+                router.report(cache_root(info), info.worker_id, load, num_unacknowledged)
+
+        registry.on_report(report)
         for kind, update in data:
             (registry.apply_loads if kind == "load" else registry.apply_workers)(update)
             registry.count_states()
             for card in registry.model_cards():
-                registry.candidates(card.model_id)
+                request = GenerateRequest(
+                    request_id="r",
+                    model_id=card.model_id,
+                    prompt_ids=[1] * 100,
+                    sampling=SamplingParams(),
+                )
+                candidates = registry.candidates(card.model_id)
+                for router in routers:
+                    with contextlib.suppress(RequestError):
+                        router.dispatched(router.route(request, candidates))
             for stream in registry.streams():
                 # What a stream does with it: connects, and says hello.
                 split_host_port(stream.info.address)

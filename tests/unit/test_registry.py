@@ -14,6 +14,7 @@ from xllm.protocol import (
     PROTOCOL_VERSION,
     Epoch,
     ModelCard,
+    PrefillCost,
     WorkerId,
     WorkerInfo,
     WorkerLoad,
@@ -32,6 +33,9 @@ class FakeStream:
 
     def unreported(self, load: WorkerLoad | None) -> int:
         return 5 if load is None else -load.running_requests_num
+
+    def unacknowledged(self, load: WorkerLoad) -> int:
+        return load.waiting_requests_num
 
     def expect(self, info: WorkerInfo) -> None:
         self.info = info
@@ -256,6 +260,23 @@ def test_a_registration_under_another_name_is_passed_over(registry: Registry[Fak
     value = msgspec.json.encode(make_info("b"))
     registry.apply_workers([Change(PUT, KeyValue("/xllm/t/workers/a", value, 1, 1, 1))])
     assert states(registry) == {}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        WorkerLoad(epoch=Epoch(1), prefill_cost=PrefillCost(0.0, 0.0, 1e308)),
+        WorkerLoad(epoch=Epoch(1), tier_block_s={"host": -1e300}),
+        WorkerLoad(epoch=Epoch(1), queue_s=1e30),
+    ],
+)
+def test_a_load_that_nobody_has_measured_is_passed_over(
+    registry: Registry[FakeStream], load: WorkerLoad
+) -> None:
+    registry.apply_workers([put(make_info("a"))])
+    connect(registry, "a")
+    registry.apply_loads([Change(PUT, load_kv("a", load))])
+    assert registry.candidates("m")[0].load is None
 
 
 def test_what_a_later_version_adds_is_passed_over(registry: Registry[FakeStream]) -> None:

@@ -25,12 +25,15 @@ from xllm.coordination.endpoints import parse_endpoints
 from xllm.errors import EtcdUnavailable
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import MasterId, MasterInfo
+from xllm.roles.car_policy import make_router
 from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_backend import ClusterBackend
+from xllm.roles.cost_routing import Targets
 from xllm.roles.departure import Departure, Drained
-from xllm.roles.global_scheduler import make_policy
+from xllm.roles.global_index import GlobalIndex
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort, serve
+from xllm.roles.route_port import RoutePort
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer
 
@@ -51,7 +54,6 @@ async def run_master(config: MasterConfig) -> None:
 
 
 async def _serve(config: MasterConfig) -> None:
-    policy = make_policy(config.load_balance_policy)
     keys = Keys(config.etcd.etcd_namespace)
     metrics = Metrics(engine=False)
     async with contextlib.AsyncExitStack() as stack:
@@ -72,14 +74,27 @@ async def _serve(config: MasterConfig) -> None:
         )
         tokenizer = await _load_tokenizer(config)
         cluster = Cluster(info.master_id, metrics)
-        backend = ClusterBackend(cluster.registry, policy, metrics, tokenizer, config.routing)
+        global_index = GlobalIndex(keys, cluster.registry.answers, metrics)
+        cluster.registry.on_gone(global_index.forget)
+        router = make_router(
+            config.load_balance_policy,
+            global_index.index,
+            cluster.registry.cache_root,
+            time.monotonic,
+            Targets(config.routing.target_ttft / 1e3, config.routing.target_tpot / 1e3),
+        )
+        backend = ClusterBackend(cluster.registry, router, metrics, tokenizer, config.routing)
+        route_port = RoutePort(backend, config.load_balance_policy, config.api.max_body_size)
         departure = Departure(metrics.num_api_requests, config.drain_timeout)
         operator = OperatorPort(
             metrics,
             is_ready=lambda: not departure.is_leaving and bool(backend.model_cards()),
+            routes=route_port.routes,
+            max_body_bytes=config.api.max_body_size,
             drain=departure.begin,
         )
         operator.add_collector(cluster.collect)
+        operator.add_collector(global_index.collect)
         await stack.enter_async_context(serve(operator.runner(), operator_socket))
 
         # What is left last is entered first: the lease outlives the tasks, and these the API.
@@ -106,6 +121,7 @@ async def _serve(config: MasterConfig) -> None:
         metrics.lease_epochs.inc()
         tasks.create_task(Election(session, keys.leader, info.master_id.encode()).run())
         tasks.create_task(backend.fetch_tokenizers(cluster.changed))
+        tasks.create_task(global_index.run(client))
         # Not in here: it has to go on until the API has ended.
         tasks.create_task(cluster.follow(client, keys))
         await departure.wait()

@@ -101,6 +101,13 @@ class WorkerStream:
             received, ended = watermark.received, watermark.ended
         return max(0, self.num_sent - received) - max(0, self.num_ended - ended)
 
+    def unacknowledged(self, load: WorkerLoad) -> int:
+        """How many of this master's requests the worker had not received when it reported."""
+        watermark = load.watermarks.get(self.master_id)
+        if watermark is None or watermark.session != self.session:
+            return self.num_sent
+        return max(0, self.num_sent - watermark.received)
+
     def submit(self, request: GenerateRequest, listener: Listener) -> StreamRequest:
         """Sends one attempt. (request_id, attempt, sample index) must not be open here.
 
@@ -179,7 +186,7 @@ class WorkerStream:
                 await loop.create_connection(lambda: connection, host.strip("[]"), int(port))
             async with asyncio.timeout(self.limits.connect_s):
                 return await connection.shaken
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, ValueError) as error:  # ValueError: a name that is none
             connection.abort("no handshake in time")
             connection.close_reason = str(error) or "no answer in time"
             return False

@@ -161,6 +161,7 @@ def _generate_requests(
             ),
             n=body.n or 1,
             salt=body.cache_salt or "",
+            priority=body.priority or 0,
         )
         for i, prompt in enumerate(prompts)
     ]

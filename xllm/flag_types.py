@@ -175,3 +175,6 @@ MODEL = FlagType("FOLDER|ORG/NAME", _path)
 
 
 FOLDER = FlagType("FOLDER", lambda value: str(Path(_path(value)).expanduser()))
+
+
+FILE = FlagType("FILE", lambda value: str(Path(_path(value)).expanduser()))

@@ -9,7 +9,8 @@ from aiohttp import ClientSession
 from aiohttp.test_utils import unused_port
 
 from xllm.net import listen
-from xllm.roles.operator import OperatorPort, serve
+from xllm.roles.http_server import serve
+from xllm.roles.operator import OperatorPort
 from xllm.telemetry import Metrics
 
 

@@ -24,11 +24,14 @@ from xllm.coordination.endpoints import parse_endpoints
 from xllm.errors import EtcdUnavailable
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import MasterId, MasterInfo
+from xllm.reload import Reload
 from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.global_scheduler import make_policy
+from xllm.roles.guards import Guards
+from xllm.roles.http_server import serve
 from xllm.roles.openai_api import build_app, make_runner
-from xllm.roles.operator import OperatorPort, serve
+from xllm.roles.operator import OperatorPort
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer
 
@@ -37,20 +40,22 @@ logger = logging.getLogger(__name__)
 ETCD_RETRY_S = 1.0
 
 
-async def run_master(config: MasterConfig) -> None:
+async def run_master(config: MasterConfig, reload: Reload) -> None:
     """Serves until cancelled.
 
     Raises: ConfigError, EtcdUnavailable.
     """
     policy = make_policy(config.load_balance_policy)
     keys = Keys(config.etcd.etcd_namespace)
+    guards = Guards(config, reload)
+    operator_host = guards.operator_host(config)
     metrics = Metrics(engine=False)
     async with contextlib.AsyncExitStack() as stack:
         api_socket = stack.enter_context(
             _listen(config.net.host, config.http_server_port, "http_server_port")
         )
         operator_socket = stack.enter_context(
-            _listen(config.net.host, config.rpc_server_port, "rpc_server_port")
+            _listen(operator_host, config.rpc_server_port, "rpc_server_port")
         )
         endpoints = parse_endpoints(config.etcd.etcd_addr or DEFAULT_ETCD_ADDR)
         host = await advertised_host(config.net, [str(endpoint) for endpoint in endpoints])
@@ -58,23 +63,29 @@ async def run_master(config: MasterConfig) -> None:
         info = MasterInfo(
             master_id=MasterId(address),
             http_address=address,
-            operator_address=join_host_port(host, bound_port(operator_socket)),
+            operator_address=join_host_port(
+                guards.operator_address_host(operator_host, config.net, host),
+                bound_port(operator_socket),
+            ),
             started_at=time.time(),
         )
         tokenizer = await _load_tokenizer(config)
         cluster = Cluster(info.master_id, metrics)
         backend = ClusterBackend(cluster.registry, policy, metrics, tokenizer, config.routing)
-        operator = OperatorPort(metrics, is_ready=lambda: bool(backend.model_cards()))
+        operator = OperatorPort(
+            metrics, is_ready=lambda: bool(backend.model_cards()), key=guards.operator_key
+        )
         operator.add_collector(cluster.collect)
-        await stack.enter_async_context(serve(operator.runner(), operator_socket))
+        tls = None if guards.tls is None else guards.tls.for_clients()
+        await stack.enter_async_context(serve(operator.runner(), operator_socket, tls))
 
         # What is left last is entered first: the lease outlives the tasks, and these the API.
         etcd_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        app = build_app(backend, config.api, metrics)
-        await stack.enter_async_context(serve(make_runner(app), api_socket))
+        app = build_app(backend, config.api, metrics, guards.api)
+        await stack.enter_async_context(serve(make_runner(app), api_socket, tls))
         tasks.create_task(measure_event_loop_lag(metrics))
-        logger.info("master_listening url=http://%s", address)
+        logger.info("master_listening url=%s://%s", "https" if tls else "http", address)
 
         client, embedded = await ensure_etcd(config.etcd)
         if embedded is not None:

@@ -1,6 +1,6 @@
 """What operators see and do, on a port of its own.
 
-GET  /health            200 when the process can serve, else 503
+GET  /health            200 when the process can serve, else 503; for everybody
 GET  /metrics           for Prometheus
 POST /admin/drain       a worker stops taking requests, lets running ones end, and ends itself;
                         ?timeout=SECONDS instead of --drain_timeout
@@ -11,12 +11,14 @@ and what the role adds.
 from __future__ import annotations
 
 import math
-import socket
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
+from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
+from xllm.net import is_loopback
+from xllm.security.operator_key import OperatorKey
 from xllm.telemetry import METRICS_CONTENT_TYPE, Metrics
 
 SHUTDOWN_S = 0.5
@@ -32,9 +34,11 @@ class OperatorPort:
         routes: Iterable[web.RouteDef] = (),
         max_body_bytes: int = 1 << 20,
         drain: Callable[[float | None], float] | None = None,
+        key: OperatorKey | None = None,
     ) -> None:
         """`routes`: the role's own. `drain` begins to drain the process, in as many seconds as it
-        returns."""
+        returns. Without a `key` the port has to be on loopback."""
+        self._key = key
         self._metrics = metrics
         self._is_ready = is_ready
         self._routes = tuple(routes)
@@ -47,7 +51,7 @@ class OperatorPort:
         self._collectors.append(collect)
 
     def runner(self) -> web.AppRunner:
-        app = web.Application(client_max_size=self._max_body_bytes)
+        app = web.Application(client_max_size=self._max_body_bytes, middlewares=[_guard(self._key)])
         app.add_routes(
             [
                 web.get("/health", self._show_health),
@@ -86,12 +90,39 @@ class OperatorPort:
         )
 
 
-@asynccontextmanager
-async def serve(runner: web.AppRunner, listening: socket.socket) -> AsyncIterator[None]:
-    """Serves on a listening socket until the context is left."""
+def _guard(key: OperatorKey | None) -> Middleware:
+    """Who may do more than ask for health: who has the key; without one, whoever is on this
+    machine, except pages in its user's browser, which can send requests here but not read
+    answers."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == "/health":
+            return await handler(request)
+        if key is None:
+            if _is_from_a_page(request):
+                return _refusal(403, "no requests of web pages without --operator_key_file")
+        elif not key.is_in(request.headers.get("Authorization")):
+            response = _refusal(401, "expected `Authorization: Bearer` and the operators' key")
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+        return await handler(request)
+
+    return middleware
+
+
+def _is_from_a_page(request: web.Request) -> bool:
+    """A page of another site says so; one whose name was pointed here has a foreign Host."""
+    if "Origin" in request.headers:
+        return True
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        return True
     try:
-        await runner.setup()
-        await web.SockSite(runner, listening).start()
-        yield
-    finally:
-        await runner.cleanup()
+        host = urlsplit(f"//{request.host}").hostname
+    except ValueError:
+        host = None
+    return host is None or not is_loopback(host)
+
+
+def _refusal(status: int, message: str) -> web.Response:
+    return web.json_response({"error": message}, status=status)

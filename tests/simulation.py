@@ -16,6 +16,7 @@ import pytest
 from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockPool
 from xllm.cache.kv_cache import KVCache
+from xllm.cache.loads import BlockSource
 from xllm.cache.tier import TierName
 from xllm.engine.request import Sequence, SequenceState
 from xllm.engine.scheduler import (
@@ -46,14 +47,14 @@ def expected_output(prompt: list[int], max_tokens: int, index: int = 0) -> list[
 
 
 class FakeTicket:
-    def __init__(self, blocks: list[tuple[BlockHash, TierName, int]]) -> None:
+    def __init__(self, blocks: list[tuple[BlockHash, BlockSource, int]]) -> None:
         self.blocks = blocks
         self.num_arrived = 0
         self.busy_block_ids: list[int] = []
 
     @property
     def tiers(self) -> list[TierName]:
-        return [tier for _, tier, _ in self.blocks[: self.num_arrived]]
+        return [source.tier for _, source, _ in self.blocks[: self.num_arrived]]
 
 
 class FakeTiers:
@@ -71,18 +72,22 @@ class FakeTiers:
         self._returned: list[int] = []
 
     def match(
-        self, hashes: list[BlockHash], block_compute_s: float | None = None
-    ) -> list[TierName]:
+        self, hashes: list[BlockHash], block_compute_s: float | None = None, *_: object
+    ) -> list[BlockSource]:
         found = takewhile(lambda h: h in self.stored, hashes)
-        return [TierName.HOST for _ in found]
+        return [BlockSource(TierName.HOST) for _ in found]
 
     def start_load(
-        self, blocks: list[tuple[BlockHash, TierName, int]], timeout_s: float
+        self, blocks: list[tuple[BlockHash, BlockSource, int]], timeout_s: float
     ) -> FakeTicket:
         ticket = FakeTicket(blocks)
         self.num_loads += 1
         self._loading.append(ticket)
         return ticket
+
+    @property
+    def lent_block_ids(self) -> list[int]:
+        return []
 
     def cancel(self, ticket: FakeTicket) -> None:
         if ticket in self._loading:

@@ -75,12 +75,18 @@ class SecurityConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingConfig:
-    """What a master does for a request beyond choosing its first worker."""
+    """What a master does for a request beyond naming a policy."""
 
     max_request_retries: int = 2
     """How many workers may be lost under a request until it is given up."""
     max_queue_time: float = 4.0
     """Seconds that a new request may have to wait on the least busy worker."""
+    target_ttft: int = 2000
+    """Milliseconds to the first token, which SLO_AWARE keeps or refuses."""
+    target_tpot: int = 100
+    """Milliseconds per output token, likewise."""
+    enable_peer_fetch: bool = True
+    """Tell workers what they had better get from each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +102,7 @@ class MasterConfig:
     """Operators: health, metrics, admin. On loopback unless `--host` says otherwise."""
     tokenizer_path: str | None = None
     """None: obtained from the workers."""
-    load_balance_policy: str = "RR"
+    load_balance_policy: str = "CAR"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +160,10 @@ class WorkerConfig:
     """Token stream; with `enable_service_routing` false, the public API."""
     rpc_server_port: int = 0
     """Operators: health and metrics; 0: any free port, which is logged and registered."""
+    enable_peer_fetch: bool = True
+    """Fetch blocks from other workers and serve them; only with masters, who know who has what."""
+    block_port: int = 0
+    """Where peers fetch blocks; 0: any free port, which is registered."""
     drain_timeout: float = 3.0
     """Seconds that running requests get to end on a worker that leaves; then they move."""
     enable_cache_upload: bool = False

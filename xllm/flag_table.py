@@ -256,8 +256,29 @@ MASTER_CONCERNS: tuple[Concern, ...] = (
             Flag(
                 MasterConfig,
                 "load_balance_policy",
-                choice("RR", "LEAST_LOAD"),
-                "How a worker is picked: in turns, or the one with the least to do.",
+                choice("CAR", "RR", "LEAST_LOAD", "SLO_AWARE"),
+                "How a worker is picked: the one with the least estimated time to first token, by"
+                " the blocks that it holds; in turns; the one with the fewest requests; or CAR"
+                " among those that keep the targets, and 429 if nobody does.",
+            ),
+            Flag(
+                RoutingConfig,
+                "target_ttft",
+                integer("MILLISECONDS", 1, 3_600_000),
+                "Time to first token that SLO_AWARE keeps; a request with a priority below 0"
+                " waits longer instead of being refused.",
+            ),
+            Flag(
+                RoutingConfig,
+                "target_tpot",
+                integer("MILLISECONDS", 1, 3_600_000),
+                "Time per output token that SLO_AWARE keeps.",
+            ),
+            Flag(
+                RoutingConfig,
+                "enable_peer_fetch",
+                BOOLEAN,
+                "Have workers fetch blocks from each other where that is quicker than computing.",
             ),
             Flag(
                 RoutingConfig,
@@ -387,9 +408,16 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
             ),
             Flag(
                 WorkerConfig,
+                "enable_peer_fetch",
+                BOOLEAN,
+                "Fetch blocks from other workers where that is quicker than computing them, and"
+                " serve them theirs.",
+            ),
+            Flag(
+                WorkerConfig,
                 "enable_cache_upload",
                 BOOLEAN,
-                "Publish which blocks this worker holds: accepted, without effect yet.",
+                "Tell masters, through etcd, which blocks this worker holds.",
             ),
         ),
     ),
@@ -445,6 +473,12 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
                 "rpc_server_port",
                 _PORT,
                 "Health and metrics, for operators; 0 is any free port.",
+            ),
+            Flag(
+                WorkerConfig,
+                "block_port",
+                _PORT,
+                "Where other workers fetch blocks; 0 is any free port.",
             ),
             Flag(
                 WorkerConfig,

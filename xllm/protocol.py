@@ -26,6 +26,9 @@ Epoch = NewType("Epoch", int)
 
 PROTOCOL_VERSION = 1
 
+PEER = "peer"
+"""The key of a fetch from a peer in `WorkerLoad.tier_block_s`."""
+
 TIER_NAMES = ("device", "host", "disk", "remote")
 """From fast to slow: `cache/tier.py` has them as an enum."""
 
@@ -201,8 +204,16 @@ class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
     pair_s: float
 
 
+class TierUsage(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks."""
+
+    used: int
+    total: int
+
+
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's load: the value of `load/{worker_id}`, on its lease, at most once a second."""
+    """A worker's load: the value of `load/{worker_id}`, on its lease, at most once per
+    `LeaderWord.load_period_s`."""
 
     epoch: Epoch
     waiting_requests_num: int = 0
@@ -222,6 +233,10 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds per block brought to the device, measured: by name of the tier, or "peer"."""
     eviction_age_s: dict[str, float] = msgspec.field(default_factory=dict)
     """By tier that is full: since the last use of the block that it would evict next."""
+    tiers: dict[str, TierUsage] = msgspec.field(default_factory=dict)
+    """How full each tier is that the worker has."""
+    index_pending_blocks: int = 0
+    """What it holds or lost and could not tell the index yet, for want of budget."""
     watermarks: dict[str, Watermark] = msgspec.field(default_factory=dict)
     """By `MasterId`."""
 

@@ -116,6 +116,7 @@ _LATENCY_BUCKETS_S = (
     *(2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0),
 )
 _LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0)
+_ERROR_BUCKETS_S = (-4.0, -1.0, -0.25, -0.1, -0.025, 0.0, 0.025, 0.1, 0.25, 1.0, 4.0)
 _BLOCK_AGE_BUCKETS_S = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
 _TOKEN_BUCKETS = tuple(float(4**exponent) for exponent in range(10))
 
@@ -128,13 +129,17 @@ class Metrics:
     thread-safe, a call costs about a microsecond.
     """
 
-    def __init__(self, *, api: bool = True, engine: bool = True, cluster: bool = True) -> None:
+    def __init__(
+        self, *, api: bool = True, engine: bool = True, cluster: bool = True, routing: bool = True
+    ) -> None:
         self._registry = CollectorRegistry()
         self._declare_process(self._registry)
         self._declare_api(self._registry if api else None)
         self._declare_engine(self._registry if engine else None)
         self._declare_tiers(self._registry if engine else None)
         self._declare_cluster(self._registry if cluster else None)
+        self._declare_routing(self._registry if routing else None)
+        self._declare_index_upload(self._registry if engine and cluster else None)
 
     def render(self) -> bytes:
         """The exposition that Prometheus scrapes, of `METRICS_CONTENT_TYPE`."""
@@ -262,7 +267,7 @@ class Metrics:
         )
 
     def _declare_tiers(self, registry: CollectorRegistry | None) -> None:
-        """Blocks by tier: device, host, disk."""
+        """Blocks by tier: device, host, disk, and remote for those that peers hold."""
 
         def counter(name: str, documentation: str, *labels: str) -> Counter:
             return Counter(f"xllm_{name}_total", documentation, labels, registry=registry)
@@ -303,6 +308,28 @@ class Metrics:
         self.tier_detachments = counter(
             "tier_detachments", "Times the disk failed and was left alone for a while."
         )
+        self.peer_failures = counter(
+            "peer_failures",
+            "Times a peer failed as a source of blocks and was avoided for a while.",
+        )
+        self.peers_avoided = Gauge(
+            "xllm_peers_avoided", "Peers that are not asked for blocks now.", registry=registry
+        )
+        self.peer_blocks_absent = counter(
+            "peer_blocks_absent", "Blocks that a peer was asked for and did not have."
+        )
+        self.peer_blocks_corrupt = counter(
+            "peer_blocks_corrupt", "Blocks that came damaged from a peer."
+        )
+        self.peer_served_blocks = counter(
+            "peer_served_blocks", "Blocks sent to peers, by the tier they came from.", "tier"
+        )
+        self.peer_served_bytes = counter(
+            "peer_served_bytes", "Bytes sent to peers, by the tier they came from.", "tier"
+        )
+        self.peer_serve_misses = counter(
+            "peer_serve_misses", "Blocks that peers asked for and were not here."
+        )
         self.kv_block_lifetime_seconds = histogram(
             "kv_block_lifetime", "Age of evicted blocks: time in their tier."
         )
@@ -314,7 +341,7 @@ class Metrics:
         )
 
     def _declare_cluster(self, registry: CollectorRegistry | None) -> None:
-        """Membership and routing."""
+        """Membership, and what is sent to workers."""
         self.workers = Gauge(
             "xllm_workers",
             "Known workers, by state; connecting: registered, but not reached from here.",
@@ -342,6 +369,58 @@ class Metrics:
         )
         self.watch_resyncs = Counter(
             "xllm_watch_resyncs_total", "Times a watch started over.", registry=registry
+        )
+
+    def _declare_routing(self, registry: CollectorRegistry | None) -> None:
+        """A master's copy of the cache index, and how well it estimates by it."""
+
+        def gauge(name: str, documentation: str) -> Gauge:
+            return Gauge(f"xllm_{name}", documentation, registry=registry)
+
+        def counter(name: str, documentation: str) -> Counter:
+            return Counter(f"xllm_{name}_total", documentation, registry=registry)
+
+        self.index_blocks = gauge("index_blocks", "Blocks that some worker is known to hold.")
+        self.index_copies = gauge("index_copies", "The same, once per worker and tier.")
+        self.index_workers_without_events = gauge(
+            "index_workers_without_events",
+            "Workers that publish no blocks, so that only their load is known.",
+        )
+        self.index_batches = counter("index_batches", "Batches of events applied.")
+        self.index_bytes = counter("index_bytes", "Values of the index read from etcd.")
+        self.index_gaps = counter("index_gaps", "Times a worker's blocks were read anew.")
+        self.index_late_batches = counter(
+            "index_late_batches", "Batches of an epoch that was over: ignored."
+        )
+        self.index_bad_values = counter("index_bad_values", "Values that could not be read.")
+        self.route_fetches = counter(
+            "route_fetches", "Requests sent with blocks to fetch from another worker."
+        )
+        self.ttft_estimate_error_seconds = Histogram(
+            "xllm_ttft_estimate_error_seconds",
+            "Measured time to first token less what was estimated, by worker that is here.",
+            ["worker"],
+            buckets=_ERROR_BUCKETS_S,
+            registry=registry,
+        )
+
+    def _declare_index_upload(self, registry: CollectorRegistry | None) -> None:
+        """What a worker tells the cluster of its blocks."""
+        self.index_published_blocks = Gauge(
+            "xllm_index_published_blocks",
+            "Blocks that the index was told of, counted once per tier.",
+            registry=registry,
+        )
+        self.index_pending_blocks = Gauge(
+            "xllm_index_pending_blocks",
+            "Blocks of which the index has yet to be told that they came or went.",
+            registry=registry,
+        )
+        self.index_upload_puts = Counter(
+            "xllm_index_upload_puts_total", "Writes to etcd for the index.", registry=registry
+        )
+        self.index_upload_bytes = Counter(
+            "xllm_index_upload_bytes_total", "Bytes of these writes.", registry=registry
         )
 
 

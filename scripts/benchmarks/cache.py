@@ -222,7 +222,7 @@ class Worker:
         pool.release(cached + fresh)
         self._move()
         self.hits[TierName.DEVICE] += len(cached)
-        self.hits.update(lower)
+        self.hits.update(source.tier for source in lower)
         self._num_served += len(blocks) + len(load) + num_new
 
     @property

@@ -3,105 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 
 import pytest
-from counting_engine import CountingEngine, make_info, make_request, until
+from counting_engine import make_request, until
 from etcd_server import EtcdServer
+from routed_cluster import Master, Worker
 
-from xllm.coordination import EtcdClient, Fenced, Keys, Session
+from xllm.coordination import EtcdClient, Fenced
 from xllm.errors import ConfigError, NoWorker, UnknownModel, WorkerLost
-from xllm.protocol import Epoch, MasterId, TokenizerFiles, WorkerId, WorkerInfo, WorkerLoad
 from xllm.roles import cluster_backend, membership, routed_generation
-from xllm.roles.cluster import Cluster
-from xllm.roles.cluster_backend import ClusterBackend
-from xllm.roles.global_scheduler import make_policy
-from xllm.roles.membership import WorkerMembership
-from xllm.roles.registry import MemberState
 from xllm.roles.routed_generation import RoutedGeneration
-from xllm.roles.stream import StreamLimits
-from xllm.roles.stream_server import StreamServer
-from xllm.telemetry import Metrics
-
-KEYS = Keys("test")
-TTL_S = 1.0
-LIMITS = StreamLimits(min_backoff_s=0.01, max_backoff_s=0.05, ping_s=0.05)
-
-
-class Worker:
-    """All of a worker but its model."""
-
-    def __init__(self, client: EtcdClient, name: str, **info: object) -> None:
-        self.name = name
-        self.engine = CountingEngine()
-        self.session = Session(client, TTL_S)
-        self.server = StreamServer(
-            WorkerId(name), self.session.epoch, self.engine, TokenizerFiles({}), LIMITS
-        )
-        self.session.on_new_epoch(self.server.change_epoch)
-        self.membership = WorkerMembership(self.session, KEYS, self._info, self._load, Metrics())
-        self._changes = info
-        self._address = ""
-        self._tasks: list[asyncio.Task[None]] = []
-
-    def _info(self, epoch: Epoch) -> WorkerInfo:
-        return make_info(self.name, epoch=epoch, address=self._address, **self._changes)
-
-    def _load(self, epoch: Epoch) -> WorkerLoad:
-        return WorkerLoad(
-            epoch=epoch,
-            running_requests_num=len(self.engine.running),
-            watermarks=self.server.watermarks(),
-        )
-
-    async def start(self) -> None:
-        listening = socket.create_server(("127.0.0.1", 0))
-        self._address = f"127.0.0.1:{listening.getsockname()[1]}"
-        await self.server.start(listening)
-        self._run(self.session.run())
-        await self.membership.join()
-        self._run(self.membership.publish_load())
-
-    def _run(self, coroutine: Coroutine[None, None, None]) -> None:
-        self._tasks.append(asyncio.create_task(coroutine))
-
-    async def end_tasks(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def stop(self) -> None:
-        await self.server.drain(0)
-        await self.session.close()
-        self.server.close()
-        await self.end_tasks()
-
-    async def die(self) -> None:
-        """Without a goodbye: the lease stays until it expires."""
-        for connection in list(self.server.connections):
-            connection.abort("killed")
-        self.server.close()
-        await self.end_tasks()
-
-
-class Master:
-    def __init__(self, client: EtcdClient) -> None:
-        self.metrics = Metrics()
-        self.cluster = Cluster(MasterId("master"), self.metrics, LIMITS)
-        self.backend = ClusterBackend(self.cluster.registry, make_policy("RR"), self.metrics)
-        self.task = asyncio.create_task(self.cluster.follow(client, KEYS))
-
-    def states(self) -> dict[str, MemberState]:
-        return {member.info.worker_id: member.state for member in self.cluster.registry}
-
-    async def sees(self, **states: str) -> None:
-        await until(lambda: self.states() == states, timeout_s=10)
-
-    async def stop(self) -> None:
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
-
 
 StartWorker = Callable[..., Coroutine[None, None, Worker]]
 

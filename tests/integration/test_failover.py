@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -11,13 +12,15 @@ import msgspec
 import pytest
 from counting_engine import CountingEngine, make_info, make_request, until
 
+from xllm.cache.index import CacheIndex
 from xllm.config import RoutingConfig
 from xllm.coordination import PUT, Change, KeyValue
 from xllm.errors import NoWorker, Overloaded, WorkerLost
 from xllm.protocol import Epoch, MasterId, TokenizerFiles, WorkerId, WorkerInfo
 from xllm.roles import cluster_backend
+from xllm.roles.car_policy import make_router
 from xllm.roles.cluster_backend import ClusterBackend
-from xllm.roles.global_scheduler import make_policy
+from xllm.roles.cost_routing import Targets
 from xllm.roles.registry import Registry
 from xllm.roles.routed_generation import RoutedGeneration
 from xllm.roles.stream import StreamLimits
@@ -59,9 +62,10 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self.metrics = Metrics()
         self.registry: Registry[WorkerStream] = Registry(self._make_stream)
-        self.backend = ClusterBackend(
-            self.registry, make_policy("RR"), self.metrics, limits=routing
+        router = make_router(
+            "RR", CacheIndex(), self.registry.cache_root, time.monotonic, Targets(1.0, 0.1)
         )
+        self.backend = ClusterBackend(self.registry, router, self.metrics, limits=routing)
         self._tasks: list[asyncio.Task[None]] = []
 
     def _make_stream(self, info: WorkerInfo) -> WorkerStream:

@@ -24,7 +24,7 @@ from xllm.cache.block_pool import BlockEventKind
 from xllm.cache.disk_tier import DiskTier, DiskTierConfig, cache_directory
 from xllm.cache.eviction import EvictionPolicyName
 from xllm.cache.host_tier import HostMemoryBlocks, HostTier
-from xllm.cache.loads import LoadTicket
+from xllm.cache.loads import BlockSource, LoadTicket
 from xllm.cache.mover import Mover, Transfer
 from xllm.cache.slab import SLAB_NAME, aligned_buffer
 from xllm.cache.slab_format import Buffer, SlabGeometry
@@ -150,6 +150,10 @@ class Rig:
             done += self.tiers.poll()
         return done
 
+    def match(self, ids: Sequence[int], block_compute_s: float | None = None) -> list[TierName]:
+        sources = self.tiers.match([name(i) for i in ids], block_compute_s)
+        return [source.tier for source in sources]
+
     def load(self, ids: Sequence[int], block_ids: Sequence[int]) -> LoadTicket:
         hashes = [name(i) for i in ids]
         found = self.tiers.match(hashes)
@@ -177,7 +181,7 @@ def test_blocks_come_back_from_the_tier_they_went_to(
     for i in range(4):
         rig.evict(i, i)
     expected = TierName.HOST if host_slots else TierName.DISK
-    assert rig.tiers.match([name(i) for i in range(6)]) == [expected] * 4
+    assert rig.match(range(6)) == [expected] * 4
     ticket = rig.load(range(6), range(6))
     assert not ticket.is_done
     assert rig.settle() == [ticket]
@@ -193,8 +197,8 @@ def test_disk_survives_a_restart_and_a_clear_does_too(tmp_path: Path) -> None:
     rig.settle()
     rig.tiers.close()
     rig = Rig(tmp_path)
-    assert rig.tiers.match([name(i) for i in range(6)]) == [TierName.DISK] * 4
-    kinds = {(tier, event.kind) for tier, event in rig.tiers.take_events()}
+    assert rig.match(range(6)) == [TierName.DISK] * 4
+    kinds = {(tier, e.kind) for tier, events in rig.tiers.take_events() for e in events}
     assert kinds == {(TierName.DISK, BlockEventKind.STORED)}
     ticket = rig.load(range(4), range(4))
     rig.settle()
@@ -203,7 +207,7 @@ def test_disk_survives_a_restart_and_a_clear_does_too(tmp_path: Path) -> None:
     rig.settle()
     rig.tiers.close()
     rig = Rig(tmp_path)
-    assert rig.tiers.match([name(0)]) == []
+    assert rig.match([0]) == []
     rig.tiers.close()
 
 
@@ -244,8 +248,8 @@ def test_write_back_without_a_host_tier_writes_what_the_device_is_about_to_evict
         rig.compute(i, i)
     rig.cold = [name(2), name(1)]
     rig.settle()
-    assert rig.tiers.match([name(2)]) == rig.tiers.match([name(1)]) == [TierName.DISK]
-    assert rig.tiers.match([name(0)]) == []
+    assert rig.match([2]) == rig.match([1]) == [TierName.DISK]
+    assert rig.match([0]) == []
     rig.tiers.close(0.0)
 
 
@@ -258,8 +262,8 @@ def test_a_block_evicted_while_it_is_copied_is_stored_nowhere(tmp_path: Path) ->
         rig.run_one()
         rig.evict(0, 0)
         rig.settle()
-        assert rig.tiers.match([name(0)]) == []
-        assert len(rig.tiers.match([name(1)])) == 1
+        assert rig.match([0]) == []
+        assert len(rig.match([1])) == 1
         assert rig.tiers.statistics().stores.num_torn == 1
         rig.tiers.check_invariants()
         rig.tiers.close()
@@ -306,7 +310,7 @@ def test_a_cancelled_load_gives_back_what_was_not_begun(tmp_path: Path) -> None:
 
 def test_a_load_of_what_has_gone_is_done_at_once(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
-    gone = [(name(0), TierName.HOST, 3), (name(1), TierName.DISK, 4)]
+    gone = [(name(0), BlockSource(TierName.HOST), 3), (name(1), BlockSource(TierName.DISK), 4)]
     ticket = rig.tiers.start_load(gone, timeout_s=1.0)
     assert ticket.is_done
     assert rig.tiers.poll() == [ticket]
@@ -327,7 +331,7 @@ def test_a_block_that_ends_before_its_ticket_is_seen_is_not_given_back_twice(
     rig.settle()
     assert rig.tiers.host is not None
     rig.tiers.host.table.discard(name(1))
-    found = rig.tiers.match([name(0), name(1)])
+    found = rig.match([0, 1])
     assert found == [TierName.HOST, TierName.DISK]
     ticket = rig.load([0, 1], [8, 9])
     rig.tiers.host.slot(0)[0] ^= 1
@@ -361,7 +365,7 @@ def test_a_flipped_bit_ends_the_prefix_and_drops_the_block(tmp_path: Path, tier:
     assert ticket.num_arrived == 1
     rig.check_loaded(ticket, [0], [9])
     assert rig.tiers.statistics().loads.num_corrupt == 1
-    lower = rig.tiers.match([name(1)])
+    lower = rig.match([1])
     assert lower == ([TierName.DISK] if tier is TierName.HOST else [])
     rig.tiers.close()
 
@@ -378,21 +382,22 @@ def test_a_failing_disk_detaches_and_comes_back_with_what_it_holds(
     ticket = rig.load(range(3), [9, 10, 11])
     assert rig.settle() == [ticket]
     assert ticket.num_arrived == 0
-    assert rig.tiers.match([name(0)]) == []
-    assert [e.kind for _, e in rig.tiers.take_events()] == [BlockEventKind.CLEARED]
+    assert rig.match([0]) == []
+    [(_, events)] = rig.tiers.take_events()
+    assert [event.kind for event in events] == [BlockEventKind.CLEARED]
     assert "disk_tier_detached" in caplog.text
     assert rig.tiers.statistics().num_detachments == 1
     rig.compute(5, 5)
     for attempt in range(3):
         rig.now += 2.0**attempt
         rig.settle()
-        assert rig.tiers.match([name(0)]) == []
+        assert rig.match([0]) == []
     rig.io.error = 0
     rig.settle()
-    assert rig.tiers.match([name(0)]) == [], "not before its time"
+    assert rig.match([0]) == [], "not before its time"
     rig.now += 8.0
     rig.settle()
-    assert rig.tiers.match([name(i) for i in range(4)]) == [TierName.DISK] * 3
+    assert rig.match(range(4)) == [TierName.DISK] * 3
     assert rig.tiers.statistics().num_detachments == 1
     ticket = rig.load(range(3), [9, 10, 11])
     rig.settle()
@@ -410,11 +415,11 @@ def test_a_removed_directory_is_made_again(tmp_path: Path) -> None:
     assert ticket.num_arrived == 0
     rig.now += 1.0
     rig.settle()
-    assert rig.tiers.match([name(0)]) == []
+    assert rig.match([0]) == []
     rig.evict(0, 0)
     rig.compute(0, 0)
     rig.settle()
-    assert rig.tiers.match([name(0)]) == [TierName.DISK]
+    assert rig.match([0]) == [TierName.DISK]
     rig.tiers.close()
 
 
@@ -427,10 +432,10 @@ def test_a_tier_slower_than_computing_is_not_read_for_a_while(tmp_path: Path) ->
     rig.settle()
     assert ticket.num_arrived == 1
     assert rig.tiers.statistics().bytes_per_s[TierName.HOST] == BLOCK_BYTES / 2
-    assert rig.tiers.match([name(0)], block_compute_s=3.0) == [TierName.HOST]
-    assert rig.tiers.match([name(0)], block_compute_s=1.0) == [TierName.DISK]
+    assert rig.match([0], block_compute_s=3.0) == [TierName.HOST]
+    assert rig.match([0], block_compute_s=1.0) == [TierName.DISK]
     rig.now += 60.0
-    assert rig.tiers.match([name(0)], block_compute_s=1.0) == [TierName.HOST]
+    assert rig.match([0], block_compute_s=1.0) == [TierName.HOST]
     rig.tiers.close()
 
 
@@ -661,7 +666,8 @@ class TiersMachine(RuleBasedStateMachine):
         held = [b for _, block_ids in self.loading.values() for b in block_ids]
         everything = [*self.free, *self.named, *held, *self.busy]
         assert sorted(everything) == list(range(NUM_BLOCKS))
-        for tier, event in tiers.take_events():
+        taken = [(tier, event) for tier, events in tiers.take_events() for event in events]
+        for tier, event in taken:
             if event.kind is BlockEventKind.CLEARED:
                 self.index[tier].clear()
             elif event.kind is BlockEventKind.STORED:

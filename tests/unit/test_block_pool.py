@@ -36,6 +36,29 @@ def test_unnamed_blocks_go_before_cached_ones_and_tails_before_heads() -> None:
     assert pool.lookup(name(1)) is None
 
 
+def test_the_age_of_what_goes_next_is_known_as_soon_as_there_is_no_room() -> None:
+    now = [10.0]
+    pool = BlockPool(3, clock=lambda: now[0])
+    blocks = pool.allocate(2) or []
+    pool.commit(blocks[0], name(0))
+    assert pool.next_victim_used_at() is None
+    third = pool.allocate(1) or []
+    assert pool.next_victim_used_at() == 10.0, "all are in use"
+    pool.commit(blocks[1], name(1))
+    now[0] = 15.0
+    pool.commit(third[0], name(2))
+    pool.release([blocks[0]])
+    pool.release([blocks[1]])
+    pool.release(third)
+    assert pool.next_victim_used_at() == 10.0
+    now[0] = 20.0
+    for block_id in blocks:
+        pool.acquire([block_id])
+        pool.observe_reuse([block_id])
+        pool.release([block_id])
+    assert pool.next_victim_used_at() == 15.0, "the third is the next to go"
+
+
 def test_a_second_copy_stays_unnamed() -> None:
     pool = BlockPool(2)
     blocks = pool.allocate(2)

@@ -1,4 +1,4 @@
-"""Routing by estimated TTFT, and the defects of other routers that it must not have."""
+"""Routing by estimated TTFT; the defects of other routers are in test_router_defects.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xllm.cache.index import CacheIndex
 from xllm.protocol import Epoch, PrefillCost, WorkerId, WorkerLoad
 from xllm.roles import cost_model
 from xllm.roles.cost_model import ReuseMeter, prefill_s
-from xllm.roles.cost_routing import CREDIT_S, CostRouting, Fetch, Prompt
+from xllm.roles.cost_routing import CREDIT_S, CostRouting, Fetch, Prompt, Targets
 from xllm.roles.global_scheduler import Candidate
 
 A, B, C = WorkerId("a"), WorkerId("b"), WorkerId("c")
@@ -60,65 +60,6 @@ class World:
 
 PREFIX = tuple(range(1000, 1010))
 OTHER = tuple(range(2000, 2010))
-
-
-# The eight defects of upstream's router
-
-
-def test_defect_1_a_partial_match_counts_for_what_it_saves() -> None:
-    world = World()
-    world.hold(B, PREFIX[:1])
-    estimates = world.routing.explain(world.prompt(PREFIX), world.candidates)
-    assert [e.worker_id for e in estimates] == [B, A]
-    saved_s = estimates[1].parts.ttft_s - estimates[0].parts.ttft_s
-    assert saved_s == pytest.approx(BLOCK_S)
-
-
-@pytest.mark.parametrize("tier", [HOST, DISK, REMOTE])
-def test_defects_2_and_3_blocks_below_device_count_though_nobody_has_them_on_device(
-    tier: TierCode,
-) -> None:
-    world = World()
-    world.report(B, tier_block_s={tier.name.lower(): BLOCK_S / 4})
-    world.hold(B, PREFIX, tier)
-    best = world.routing.explain(world.prompt(PREFIX), world.candidates)[0]
-    assert best.worker_id == B
-    assert best.parts.loading_s == pytest.approx(len(PREFIX) * BLOCK_S / 4)
-
-
-def test_defect_4_a_block_without_the_one_before_it_is_worth_nothing() -> None:
-    world = World()
-    world.hold(A, PREFIX[:2])
-    world.hold(B, (PREFIX[0], *PREFIX[2:]))
-    best, other = world.routing.explain(world.prompt(PREFIX), world.candidates)
-    assert (best.worker_id, sum(best.prefix), sum(other.prefix)) == (A, 2, 1)
-
-
-def test_defect_5_a_dead_worker_has_nothing() -> None:
-    world = World()
-    world.hold(B, PREFIX)
-    world.index.remove_worker(B)
-    world.routing.forget(B)
-    world.candidates = [Candidate(A, None, 0)]
-    (only,) = world.routing.explain(world.prompt(PREFIX), world.candidates)
-    assert (only.worker_id, only.prefix, only.fetch) == (A, [0, 0, 0, 0], None)
-
-
-# Defects 6 (no sequence number, snapshot or resync) and 7 (a put per block) are tested where the
-# index is written and read: test_index_view.py, test_upload_plan.py.
-
-
-def test_defect_8_a_lost_worker_costs_its_requests_nothing_but_their_place() -> None:
-    world = World()
-    request_id, worker = world.send(PREFIX)
-    world.routing.forget(worker)
-    world.candidates = [c for c in world.candidates if c.worker_id != worker]
-    world.routing.ended(request_id)
-    again = Prompt(request_id, PREFIX, len(PREFIX) * BLOCK + 1)
-    estimate = world.routing.route(again, world.candidates)
-    assert estimate.worker_id != worker
-    world.routing.dispatched(again, estimate)
-    assert world.routing.first_token(request_id) is not None
 
 
 # Load
@@ -292,3 +233,72 @@ def test_reuse_meter_learns_how_long_blocks_rest() -> None:
     assert meter.chance(0.0) == pytest.approx(1 / 3, abs=0.02)
     assert meter.chance(10.0) == pytest.approx(1 / 3, abs=0.02)
     assert meter.chance(64.0) == 0.0
+
+
+# Workers that are alike, workers that decode, workers that are late
+
+
+def costs(world: World, hashes: Sequence[int] = OTHER) -> dict[WorkerId, float]:
+    estimates = world.routing.explain(world.prompt(hashes), world.candidates)
+    return {estimate.worker_id: estimate.parts.cost_s for estimate in estimates}
+
+
+def test_noise_in_what_workers_measure_breaks_no_ties() -> None:
+    world = World()
+    for factor in (1.0, 1.2, 0.95):
+        cost = PrefillCost(COST.step_s * factor, COST.token_s * factor, COST.pair_s)
+        world.report(B, prefill_cost=cost)
+        assert len(set(costs(world).values())) == 1
+    world.report(B, prefill_cost=PrefillCost(COST.step_s, COST.token_s * 2, COST.pair_s))
+    assert costs(world)[B] > 1.5 * costs(world)[A]
+    world.report(B, prefill_cost=COST)
+    assert len(set(costs(world).values())) == 1
+
+
+def test_requests_that_no_report_has_yet_slow_prompts_down() -> None:
+    world = World()
+    world.candidates = [Candidate(A, None, 20), Candidate(B, None, 0)]
+    alone, busy = costs(world)[B], costs(world)[A]
+    # 20 sequences more make the step of 10 ms one of 30, which leaves prompts 50 of its 80 ms.
+    assert busy == pytest.approx(alone * 80 / 50)
+
+
+def test_a_prompt_of_less_than_a_block_goes_where_the_fewest_requests_are() -> None:
+    world = World(A, B, C)
+    world.candidates = [Candidate(A, None, 2), Candidate(B, None, 1), Candidate(C, None, 2)]
+    assert world.routing.route(Prompt("r", (), 1), world.candidates).worker_id == B
+
+
+def test_only_those_that_keep_the_targets_are_chosen_from() -> None:
+    world = World()
+    world.report(A, queue_s=3.0)
+    world.report(B, running_requests_num=8, decode_step_s=0.06)
+    prompt = world.prompt(OTHER)
+
+    def chosen(ttft_s: float, tpot_s: float) -> WorkerId | None:
+        targets = Targets(ttft_s, tpot_s)
+        estimate = world.routing.route_in_time(prompt, world.candidates, targets)
+        return estimate and estimate.worker_id
+
+    assert chosen(5.0, 0.1) == B, "the quicker one"
+    assert chosen(5.0, 0.05) == A, "the other one's steps are too long"
+    assert chosen(0.9, 0.1) == B
+    assert chosen(0.9, 0.05) is None
+
+
+def test_blocks_are_fetched_only_from_peers_that_serve_them() -> None:
+    world = World(A, B, C)
+    for worker in (A, B, C):
+        world.report(worker, tier_block_s={"peer": BLOCK_S / 100})
+    world.report(A, queue_s=9.0)
+    world.hold(A, PREFIX)
+    world.hold(B, PREFIX[:5])
+    world.candidates = [Candidate(C, None, 0)]
+    for peers, fetch in (
+        (None, Fetch(A, 0, 10)),
+        ({A, B}, Fetch(A, 0, 10)),
+        ({B}, Fetch(B, 0, 5)),
+        (set(), None),
+    ):
+        estimate = world.routing.route(world.prompt(PREFIX), world.candidates, peers)
+        assert estimate.fetch == fetch

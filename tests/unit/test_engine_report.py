@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from xllm.engine.statistics import EngineStatistics
-from xllm.protocol import Epoch, Watermark
+from xllm.protocol import Epoch, TierUsage, Watermark
 from xllm.roles.engine_report import EngineReport, status_line
 from xllm.telemetry import Metrics
 
@@ -73,3 +73,5 @@ def test_load() -> None:
     assert (load.epoch, load.running_requests_num, load.waiting_requests_num) == (7, 3, 2)
     assert load.gpu_cache_usage_perc == 0.25
     assert load.watermarks == marks
+    assert load.tiers == {"device": TierUsage(25, 100)}
+    assert load.eviction_age_s == {}

@@ -32,6 +32,9 @@ class FakeStream:
     def unreported(self, load: WorkerLoad | None) -> int:
         return 5 if load is None else -load.running_requests_num
 
+    def unacknowledged(self, load: WorkerLoad) -> int:
+        return load.waiting_requests_num
+
     def expect(self, info: WorkerInfo) -> None:
         self.info = info
 

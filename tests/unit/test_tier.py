@@ -53,6 +53,24 @@ def test_a_block_is_pending_then_found_then_evicted() -> None:
     assert table.take_events() == []
 
 
+def test_the_age_of_what_goes_next_is_known_as_soon_as_there_is_no_room() -> None:
+    now = [10.0]
+    table = make_table(2, now)
+    store(table, 0)
+    assert table.next_victim_used_at() is None
+    now[0] = 12.0
+    store(table, 1)
+    assert table.next_victim_used_at() == 10.0
+    now[0] = 20.0
+    table.touch([name(0)])
+    assert table.next_victim_used_at() == 12.0
+    table.clear()
+    assert table.next_victim_used_at() is None
+    assert table.prepare_store(name(2), None) is not None
+    assert table.prepare_store(name(3), None) is not None
+    assert table.next_victim_used_at() == 20.0, "both slots are being filled"
+
+
 def test_an_aborted_store_leaves_nothing() -> None:
     table = make_table(1)
     slot = table.prepare_store(name(0), None)

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from xllm.protocol import BlockHash
 
@@ -35,9 +35,9 @@ class BlockEventKind(enum.Enum):
     CLEARED = "cleared"
 
 
-@dataclass(frozen=True, slots=True)
-class BlockEvent:
-    """What the rest of the cluster may want to know of one tier's contents."""
+class BlockEvent(NamedTuple):
+    """What the rest of the cluster may want to know of one tier's contents; made for each block,
+    on the engine's thread, so it is cheap."""
 
     kind: BlockEventKind
     hash: BlockHash | None = None
@@ -81,7 +81,7 @@ class BlockPool:
         self._clock = clock
         self._named_at = [0.0] * num_blocks
         self._used_at = [0.0] * num_blocks
-        """Last acquired or committed; both only for the observer."""
+        """Last committed, or found by a request."""
         self._ref_counts = [0] * num_blocks
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -116,12 +116,11 @@ class BlockPool:
             self._ref_counts[block_id] += 1
 
     def observe_reuse(self, block_ids: Iterable[int]) -> None:
-        """Tells the observer that a request goes on after these named blocks."""
-        if self._observer is None:
-            return
+        """A request goes on after these named blocks."""
         now = self._clock()
         for block_id in block_ids:
-            self._observer.block_reused(now - self._used_at[block_id])
+            if self._observer is not None:
+                self._observer.block_reused(now - self._used_at[block_id])
             self._used_at[block_id] = now
 
     def allocate(self, num_blocks: int) -> list[int] | None:
@@ -182,8 +181,7 @@ class BlockPool:
         self._by_hash[block_hash] = block_id
         if block_hash in self._held:
             self._ref_counts[block_id] += 1
-        if self._observer is not None:
-            self._named_at[block_id] = self._used_at[block_id] = self._clock()
+        self._named_at[block_id] = self._used_at[block_id] = self._clock()
         self._events.append(BlockEvent(BlockEventKind.STORED, block_hash))
         return True
 
@@ -203,6 +201,16 @@ class BlockPool:
         """Names of up to `limit` cached blocks, in the order in which they would be evicted."""
         names = (self._hashes[block_id] for block_id in self._free)
         return list(islice((name for name in names if name is not None), limit))
+
+    def next_victim_used_at(self) -> float | None:
+        """When the block was last used that the next one will displace; None: there is room.
+
+        Where nothing can be displaced, because all blocks are in use, that is now.
+        """
+        if not self._free:
+            return self._clock()
+        block_id = next(iter(self._free))
+        return None if self._hashes[block_id] is None else self._used_at[block_id]
 
     def take_events(self) -> list[BlockEvent]:
         """What changed since the last call, in order."""

@@ -25,6 +25,7 @@ them. Such *busy* blocks keep their reference, and come back with a later `poll`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -32,10 +33,10 @@ from typing import TYPE_CHECKING, Protocol
 from xllm.cache.block_hash import CacheRoot, hash_blocks
 from xllm.cache.block_pool import BlockPool
 from xllm.cache.tier import TierName
-from xllm.protocol import BlockHash
+from xllm.protocol import BlockHash, FetchRange
 
 if TYPE_CHECKING:
-    from xllm.cache.loads import LoadTicket
+    from xllm.cache.loads import BlockSource, LoadTicket
 
 
 class LowerTiers(Protocol):
@@ -44,12 +45,19 @@ class LowerTiers(Protocol):
     @property
     def next_deadline(self) -> float | None: ...
 
+    @property
+    def lent_block_ids(self) -> list[int]: ...
+
     def match(
-        self, hashes: Seq[BlockHash], block_compute_s: float | None = None
-    ) -> list[TierName]: ...
+        self,
+        hashes: Seq[BlockHash],
+        block_compute_s: float | None = None,
+        fetch: Seq[FetchRange] = (),
+        first: int = 0,
+    ) -> list[BlockSource]: ...
 
     def start_load(
-        self, blocks: Seq[tuple[BlockHash, TierName, int]], timeout_s: float
+        self, blocks: Seq[tuple[BlockHash, BlockSource, int]], timeout_s: float
     ) -> LoadTicket: ...
 
     def cancel(self, ticket: LoadTicket) -> None: ...
@@ -88,6 +96,11 @@ class CachedSequence(Protocol):
     @property
     def uses_prefix_cache(self) -> bool: ...
 
+    @property
+    def fetch(self) -> Seq[FetchRange]:
+        """Which peers are said to hold its blocks."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
@@ -99,7 +112,7 @@ class PrefixMatch:
     """In those blocks."""
     is_pending: bool
     """The block after the prefix is being computed or loaded by somebody else."""
-    tiers: list[TierName] = field(default_factory=list)
+    sources: list[BlockSource] = field(default_factory=list)
     """Where the blocks that follow those on the device are."""
 
 
@@ -131,6 +144,8 @@ class KVCache:
         self._root = root
         self._enable_prefix_cache = enable_prefix_cache
         self._tiers = tiers
+        self.on_used: Callable[[list[BlockHash]], None] = lambda chain: None
+        """Called with the blocks that an admitted prompt found, if it found any."""
         if tiers is not None:
             pool.on_evict = tiers.evicted
         self._roots: dict[str, BlockHash] = {}
@@ -162,13 +177,31 @@ class KVCache:
             if block_id is None:
                 break
             block_ids.append(block_id)
-        rest = seq.block_hashes[len(block_ids) :]
-        tiers: list[TierName] = []
-        is_pending = bool(rest) and rest[0] in self._pending
-        if rest and not is_pending and self._tiers is not None:
-            tiers = self._tiers.match(rest, block_compute_s)
-            is_pending = len(tiers) < len(rest) and rest[len(tiers)] in self._pending
-        return PrefixMatch(block_ids, len(block_ids) * self.block_size, is_pending, tiers)
+        first = len(block_ids)
+        rest = seq.block_hashes[first:]
+        num_known = len(rest)
+        if self._pending:
+            num_known = next((i for i, h in enumerate(rest) if h in self._pending), num_known)
+        sources: list[BlockSource] = []
+        if num_known and self._tiers is not None:
+            sources = self._tiers.match(rest[:num_known], block_compute_s, seq.fetch, first)
+        is_pending = len(sources) == num_known < len(rest)
+        return PrefixMatch(block_ids, first * self.block_size, is_pending, sources)
+
+    def expected_blocks(self, seq: CachedSequence, limit: int) -> int:
+        """How many leading blocks a waiting `seq` will not compute itself, as far as that can be
+        told from `limit` of them: they are in a tier, or promised. Changes no block."""
+        if not (self._enable_prefix_cache and seq.uses_prefix_cache):
+            return 0
+        self._name_blocks(seq)
+        names = seq.block_hashes[:limit]
+        for index, name in enumerate(names):
+            is_known = self.pool.lookup(name) is not None or name in self._pending
+            if is_known:
+                continue
+            if self._tiers is None or not self._tiers.match([name], None, seq.fetch, index):
+                return index
+        return len(names)
 
     def try_admit(
         self,
@@ -202,9 +235,11 @@ class KVCache:
         self._pending.update(seq.pending_hashes)
         self._queried_tokens += len(seq.token_ids)
         self._count_hit(TierName.DEVICE, seq.num_computed_tokens)
+        if found := seq.block_hashes[: num_matched + len(match.sources)]:
+            self.on_used(found)
         if self._tiers is not None:
-            self._tiers.used(seq.block_hashes[: num_matched + len(match.tiers)])
-            if match.tiers:
+            self._tiers.used(found)
+            if match.sources:
                 self._start_load(self._tiers, seq, match, load_timeout_s)
         return True
 
@@ -322,7 +357,8 @@ class KVCache:
         self.pool.check_invariants()
         assert set(self._loading.values()) <= {s for s in sequences if s.load is not None}
         references: dict[int, int] = dict.fromkeys(self._busy, 1)
-        for block_id in self.pool.held_block_ids:
+        lent = [] if self._tiers is None else self._tiers.lent_block_ids
+        for block_id in (*self.pool.held_block_ids, *lent):
             references[block_id] = references.get(block_id, 0) + 1
         for seq in sequences:
             for block_id in seq.block_table:
@@ -345,9 +381,9 @@ class KVCache:
         self, tiers: LowerTiers, seq: CachedSequence, match: PrefixMatch, timeout_s: float
     ) -> None:
         start = len(match.block_ids)
-        stop = start + len(match.tiers)
+        stop = start + len(match.sources)
         blocks = zip(
-            *(seq.block_hashes[start:stop], match.tiers, seq.block_table[start:stop]), strict=True
+            *(seq.block_hashes[start:stop], match.sources, seq.block_table[start:stop]), strict=True
         )
         seq.load = tiers.start_load(list(blocks), timeout_s)
         self._loading[seq.load] = seq

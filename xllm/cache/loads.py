@@ -20,19 +20,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
-from xllm.cache.copies import load_from_disk, load_from_host
-from xllm.cache.disk_tier import Attachment, DiskTier
+from xllm.cache.disk_tier import DiskTier
 from xllm.cache.host_tier import DeviceBlocks, HostTier
+from xllm.cache.load_runs import LoadRun, LocalRun, PeerRun
 from xllm.cache.mover import Mover, Transfer, TransferGroup
+from xllm.cache.peer_fetch import Peer
+from xllm.cache.peers import Peers
 from xllm.cache.rates import TransferRate
-from xllm.cache.tier import LOWER_TIERS, SlotTable, TierName
-from xllm.errors import TierIOError
+from xllm.cache.tier import LOWER_TIERS, TierName
 from xllm.protocol import BlockHash
 
 TRANSFER_BYTES = 4 << 20
 """Of one transfer: large enough for the disk and for what a transfer costs, small enough that a few
 threads share a prompt evenly."""
+
+
+class BlockSource(NamedTuple):
+    """Where a block is loaded from."""
+
+    tier: TierName
+    peer: Peer | None = None
+    """Of the remote tier."""
 
 
 @dataclass(slots=True)
@@ -41,7 +51,7 @@ class _Item:
 
     hash: BlockHash
     block_id: int
-    tier: TierName
+    source: BlockSource
     arrived: bool = False
     under_way: bool = False
     """Its transfer is queued or running."""
@@ -76,7 +86,7 @@ class LoadTicket:
     @property
     def tiers(self) -> list[TierName]:
         """Where the blocks that have arrived came from."""
-        return [item.tier for item in self._items[: self.num_arrived]]
+        return [item.source.tier for item in self._items[: self.num_arrived]]
 
     @property
     def busy_block_ids(self) -> list[int]:
@@ -87,17 +97,13 @@ class LoadTicket:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """Items [start, stop) of a ticket: one transfer from one tier."""
+    """Items [start, stop) of a ticket: one transfer from one source."""
 
     ticket: LoadTicket
     start: int
     stop: int
-    tier: TierName
-    table: SlotTable
-    attachment: Attachment | None
-    slots: list[int]
-    checksums: list[bytes]
-    sound: list[bool]
+    source: BlockSource
+    blocks: LoadRun
     transfer: Transfer | None = None
     ended_at: float | None = None
 
@@ -129,6 +135,7 @@ class Loader:
         host: HostTier | None,
         disk: DiskTier | None,
         clock: Callable[[], float],
+        peers: Peers | None = None,
     ) -> None:
         self.counters = LoadCounters()
         self.rates = {tier: TransferRate(clock) for tier in LOWER_TIERS}
@@ -137,6 +144,7 @@ class Loader:
         self._mover = mover
         self._host = host
         self._disk = disk
+        self._peers = peers
         self._clock = clock
         self._loading: dict[LoadTicket, None] = {}
         self._num_running = 0
@@ -155,16 +163,16 @@ class Loader:
         return min((ticket.deadline for ticket in self._loading), default=None)
 
     def start(
-        self, blocks: Sequence[tuple[BlockHash, TierName, int]], timeout_s: float
+        self, blocks: Sequence[tuple[BlockHash, BlockSource, int]], timeout_s: float
     ) -> LoadTicket:
         """Pins blocks where they are and queues their transfers.
 
-        blocks: (hash, tier, device block that takes it), in the order of the chain. The device
+        blocks: (hash, source, device block that takes it), in the order of the chain. The device
         blocks stay with the caller, who neither frees nor uses them until the ticket is done.
         A block that is not there any more ends the ticket's prefix.
         """
         now = self._clock()
-        items = [_Item(block_hash, block_id, tier) for block_hash, tier, block_id in blocks]
+        items = [_Item(block_hash, block_id, source) for block_hash, source, block_id in blocks]
         ticket = LoadTicket(items, now, now + timeout_s)
         self.counters.num_tickets += 1
         self._loading[ticket] = None
@@ -173,7 +181,10 @@ class Loader:
         for run in ticket._runs:
             for item in run.items:
                 item.under_way = True
-            run.transfer = self._mover.start_load(self._work(run), partial(self._end, run), group)
+            block_ids = [item.block_id for item in run.items]
+            run.transfer = run.blocks.start(
+                block_ids, ticket.deadline, partial(self._end, run), group
+            )
             self._num_running += 1
         self._settle(ticket)
         return ticket
@@ -225,71 +236,51 @@ class Loader:
         max_blocks = max(1, TRANSFER_BYTES // self._device.block_bytes)
         run: _Run | None = None
         for i, item in enumerate(ticket._items):
-            source = self._source(item.tier)
-            stored = None if source is None else source[0].prepare_load(item.hash)
-            if source is None or stored is None:
+            is_open = (
+                run is not None
+                and run.source == item.source
+                and i - run.start < max_blocks
+                and not run.blocks.is_full
+            )
+            if not is_open or run is None:
+                blocks = self._open_run(item.source)
+                run = None if blocks is None else _Run(ticket, i, i, item.source, blocks)
+            if run is None or not run.blocks.try_add(item.hash):
                 self._lower(ticket, i)
                 return
-            table, attachment = source
-            if run is None or run.table is not table or i - run.start == max_blocks:
-                run = _Run(ticket, i, i, item.tier, table, attachment, [], [], [])
+            if run.start == i:
                 ticket._runs.append(run)
-                if attachment is not None:
-                    attachment.begin_transfer()
-            run.slots.append(stored.slot)
-            run.checksums.append(stored.checksum)
             run.stop = i + 1
 
-    def _source(self, tier: TierName) -> tuple[SlotTable, Attachment | None] | None:
-        if tier is TierName.HOST and self._host is not None:
-            return self._host.table, None
-        if tier is TierName.DISK and self._disk is not None:
+    def _open_run(self, source: BlockSource) -> LoadRun | None:
+        """None: the source has gone."""
+        device, mover = self._device, self._mover
+        if source.tier is TierName.HOST and self._host is not None:
+            return LocalRun(device, mover, self._host.table, self._host, None)
+        if source.tier is TierName.DISK and self._disk is not None:
             attachment = self._disk.attachment
-            return None if attachment is None else (attachment.table, attachment)
-        return None
-
-    def _work(self, run: _Run) -> Callable[[], None]:
-        """What the mover thread does: moves bytes, and sets `run.sound`."""
-        device, block_ids = self._device, [item.block_id for item in run.items]
-        slots, checksums, attachment = run.slots, run.checksums, run.attachment
-        host = self._host
-
-        def work() -> None:
             if attachment is not None:
-                run.sound = load_from_disk(attachment, slots, checksums, device, block_ids)
-            else:
-                assert host is not None
-                run.sound = load_from_host(host, slots, checksums, device, block_ids)
-
-        return work
+                return LocalRun(device, mover, attachment.table, self._disk, attachment)
+        if source.peer is not None and self._peers is not None:
+            return PeerRun(self._peers.client, self._peers.book, mover, source.peer)
+        return None
 
     def _end(self, run: _Run, transfer: Transfer) -> None:
         self._num_running -= 1
         run.transfer = None
         run.ended_at = self._clock()
         ticket = run.ticket
-        if transfer.error is not None:
-            self.counters.num_failed_transfers += 1
-            run.sound = [False] * len(run.slots)
-        for item, sound in zip(run.items, run.sound, strict=True):
+        self.counters.num_failed_transfers += transfer.error is not None
+        sound, num_corrupt = run.blocks.end(transfer)
+        self.counters.num_corrupt += num_corrupt
+        for item, is_sound in zip(run.items, sound, strict=True):
             item.under_way = False
-            item.arrived = sound
+            item.arrived = is_sound
             if ticket.is_seen:
                 self._returned.append(item.block_id)
-        self._unpin(run)
-        if transfer.error is None:
-            for item, sound in zip(run.items, run.sound, strict=True):
-                if not sound:
-                    self.counters.num_corrupt += 1
-                    run.table.discard(item.hash)
-        elif isinstance(transfer.error, TierIOError) and run.attachment is not None:
-            assert self._disk is not None
-            self._disk.detach(run.attachment, transfer.error)
         if not ticket.is_done:
-            for i, sound in enumerate(run.sound, run.start):
-                if not sound:
-                    self._lower(ticket, i)
-                    break
+            if False in sound:
+                self._lower(ticket, run.start + sound.index(False))
             self._settle(ticket)
 
     def _lower(self, ticket: LoadTicket, limit: int) -> None:
@@ -304,7 +295,7 @@ class Loader:
                 run.transfer = None
                 for item in run.items:
                     item.under_way = False
-                self._unpin(run)
+                run.blocks.abandon()
 
     def _settle(self, ticket: LoadTicket) -> None:
         """Moves the ticket's prefix on, and ends the ticket if it has reached the limit."""
@@ -324,17 +315,13 @@ class Loader:
     def _measure(self, ticket: LoadTicket) -> None:
         """One observation for each tier: what it brought, until its last transfer ended."""
         now = self._clock()
-        for tier in {run.tier for run in ticket._runs}:
-            runs = [run for run in ticket._runs if run.tier is tier]
+        for tier in {run.source.tier for run in ticket._runs}:
+            runs = [run for run in ticket._runs if run.source.tier is tier]
             num_blocks = sum(item.arrived for run in runs for item in run.items)
             ended_at = max(now if run.ended_at is None else run.ended_at for run in runs)
             self.blocks_loaded[tier] += num_blocks
-            self.rates[tier].observe(
-                num_blocks * self._device.block_bytes, ended_at - ticket.started_at
-            )
-
-    def _unpin(self, run: _Run) -> None:
-        for slot in run.slots:
-            run.table.complete_load(slot)
-        if run.attachment is not None:
-            run.attachment.end_transfer()
+            num_bytes = num_blocks * self._device.block_bytes
+            self.rates[tier].observe(num_bytes, ended_at - ticket.started_at)
+            peers = {run.source.peer for run in runs if run.source.peer is not None}
+            if len(peers) == 1 and num_bytes and self._peers is not None:
+                self._peers.book.delivered(peers.pop(), num_bytes, ended_at - ticket.started_at)

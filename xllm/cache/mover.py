@@ -9,6 +9,9 @@ A `Transfer` is a function that touches bytes and no bookkeeping; what its end m
 whoever started it, on the engine's thread, when `take_ended` brings it back. So slots and pins have
 one owner, and a thread that hangs in a dead disk holds nothing but its transfer's slots.
 
+A fetch from a peer is moved by a thread of its own (`peer_client.py`), and comes back by the same
+queue: `open_elsewhere`, `end_elsewhere`.
+
 Somebody waits for a load, nobody for a store. So stores have threads of their own, of the lowest
 priority, which run when the cores have nothing else to do; and they are bounded in number: one too
 many is refused, never waited for. A transfer that has begun is not interrupted; `try_cancel` takes
@@ -59,7 +62,7 @@ class Transfer:
     `error` is set, and `seconds` is what `run` took. A cancelled transfer ends without `on_end`.
     """
 
-    __slots__ = ("error", "group", "is_store", "on_end", "run", "seconds", "state")
+    __slots__ = ("cancel", "error", "group", "is_store", "on_end", "run", "seconds", "state")
 
     def __init__(
         self,
@@ -68,8 +71,11 @@ class Transfer:
         *,
         is_store: bool,
         group: TransferGroup | None = None,
+        cancel: Callable[[], bool] | None = None,
     ) -> None:
+        """`cancel`: of one that is done elsewhere; whether it was taken back in time."""
         self.run = run
+        self.cancel = cancel
         self.on_end = on_end
         self.is_store = is_store
         self.group = group
@@ -137,6 +143,31 @@ class Mover:
             self._has_load.notify()
         return transfer
 
+    def open_elsewhere(
+        self,
+        on_end: Callable[[Transfer], None],
+        cancel: Callable[[], bool],
+        group: TransferGroup | None = None,
+    ) -> Transfer:
+        """A transfer that another thread does, who calls `end_elsewhere` then.
+
+        `cancel` is what `try_cancel` asks; after True, `end_elsewhere` must not be called.
+        """
+        transfer = Transfer(_nothing, on_end, is_store=False, group=group, cancel=cancel)
+        with self._lock:
+            if group is not None:
+                group.num_left += 1
+        return transfer
+
+    def end_elsewhere(self, transfer: Transfer, error: Exception | None, *, wake: bool) -> None:
+        """On any thread. `wake`: the engine should look at it though others of the group go on."""
+        transfer.error = error
+        with self._lock:
+            self._report(transfer)
+            is_awaited = transfer.group is None or transfer.group.num_left == 0
+        if is_awaited or wake:
+            self._on_ended()
+
     def try_start_store(
         self, run: Callable[[], None], on_end: Callable[[Transfer], None]
     ) -> Transfer | None:
@@ -152,12 +183,17 @@ class Mover:
 
     def try_cancel(self, transfer: Transfer) -> bool:
         """Takes back a transfer that has not begun; its `on_end` is not called then."""
+        is_elsewhere = transfer.cancel is not None
+        if transfer.cancel is not None and not transfer.cancel():
+            return False
         with self._lock:
             if transfer.state is not TransferState.QUEUED:
                 return False
             transfer.state = TransferState.CANCELLED
             if transfer.group is not None:
                 transfer.group.num_left -= 1
+            if is_elsewhere:
+                return True
             if transfer.is_store:
                 self._stores.remove(transfer)
                 self._num_stores -= 1
@@ -221,14 +257,17 @@ class Mover:
             transfer.error = error
         transfer.seconds = time.perf_counter() - started
         with self._lock:
-            transfer.state = TransferState.ENDED
             self._num_stores -= transfer.is_store
-            self._ended.put(transfer)  # before others of the group can see that none is left
-            if transfer.group is not None:
-                transfer.group.num_left -= 1
+            self._report(transfer)
             is_awaited = transfer.group is None or transfer.group.num_left == 0
         if is_awaited:
             self._on_ended()
+
+    def _report(self, transfer: Transfer) -> None:
+        transfer.state = TransferState.ENDED
+        self._ended.put(transfer)  # before others of the group can see that none is left
+        if transfer.group is not None:
+            transfer.group.num_left -= 1
 
     def _begin(self, waiting: deque[Transfer]) -> Transfer:
         transfer = waiting.popleft()
@@ -252,3 +291,7 @@ class Mover:
                     has_some.wait()
                 transfer = self._begin(waiting)
             self.run(transfer)
+
+
+def _nothing() -> None:
+    """What a mover thread has to do for a transfer that is done elsewhere."""

@@ -281,8 +281,15 @@ class SlotTable:
         """Up to `limit` blocks, those that would be evicted soonest first, pinned ones included."""
         return self._policy.cold_first(limit)
 
+    def next_victim_used_at(self) -> float | None:
+        """When the block was last used that the next one will displace; None: there is room."""
+        if self._free:
+            return None
+        victim = self._policy.coldest()
+        return self._clock() if victim is None else self._slots[self._by_hash[victim]].used_at
+
     def hashes(self) -> list[BlockHash]:
-        """Everything that can be found: for a snapshot of the index."""
+        """Everything that can be found."""
         return list(self._policy)
 
     def take_events(self) -> list[BlockEvent]:

@@ -29,18 +29,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from xllm.cache.block_pool import BlockEvent
 from xllm.cache.disk_tier import Attachment, DiskTier
 from xllm.cache.host_tier import DeviceBlocks, HostTier
-from xllm.cache.loads import LoadCounters, Loader, LoadTicket
+from xllm.cache.lender import LendCounters, Lender
+from xllm.cache.loads import BlockSource, LoadCounters, Loader, LoadTicket
 from xllm.cache.mover import Mover, Transfer
+from xllm.cache.peer_book import PeerCounters
+from xllm.cache.peers import PRIOR_BYTES_PER_S, Peers
 from xllm.cache.store_transfers import StoreCounters
 from xllm.cache.stores import DiskWritePolicy, Storer
 from xllm.cache.tier import Lookup, SlotTable, TableStatistics, TierName
 from xllm.errors import ConfigError, TierIOError
-from xllm.protocol import BlockHash
+from xllm.protocol import BlockHash, FetchRange
 
 CLOSE_TIMEOUT_S = 1.0
 
@@ -61,10 +64,43 @@ class TiersStatistics:
     loads: LoadCounters
     stores: StoreCounters
     num_detachments: int
+    victims_used_at: dict[TierName, float] = field(default_factory=dict)
+    """Of tiers that are full: when what they evict next was last used, by the tiers' clock."""
+    peers: PeerCounters | None = None
+    """None: none are asked."""
+    num_peers_avoided: int = 0
+    lent: LendCounters | None = None
+    """To peers; None: they get nothing here."""
+
+    def block_s(self, tier: TierName) -> float | None:
+        """What bringing up a block of `tier` takes; None: it never had one.
+
+        A rate that is out of date is better than none, and before the first load that of the
+        stores says roughly how fast the medium is.
+        """
+        rate = self.bytes_per_s.get(tier)
+        if not rate and self.load_bytes.get(tier):
+            rate = self.load_bytes[tier] / self.load_seconds[tier]
+        if not rate and self.blocks_stored.get(tier):
+            seconds = self.stores.copy_seconds
+            if tier is TierName.DISK:
+                seconds = self.stores.write_seconds
+            rate = self.blocks_stored[tier] * self.block_bytes / seconds if seconds else None
+        return self.block_bytes / rate if rate else None
+
+    @property
+    def peer_block_s(self) -> float | None:
+        """What fetching a block is expected to take; None: no peer is asked.
+
+        A rate that is out of date says nothing: the next peer may be as quick as any.
+        """
+        if self.peers is None:
+            return None
+        return self.block_bytes / (self.bytes_per_s[TierName.REMOTE] or PRIOR_BYTES_PER_S)
 
 
 class Tiers:
-    """Host and disk below one device cache; either may be missing."""
+    """Host and disk below one device cache, and peers beside it; any of them may be missing."""
 
     def __init__(
         self,
@@ -76,14 +112,18 @@ class Tiers:
         disk_write_policy: DiskWritePolicy,
         clock: Callable[[], float],
         cold_device_blocks: Callable[[int], list[BlockHash]] = lambda limit: [],
+        peers: Peers | None = None,
+        lender: Lender | None = None,
     ) -> None:
         """`cold_device_blocks(n)`: up to n names that the device would evict next, in that order;
-        asked only under write_back without a host tier."""
+        asked only under write_back without a host tier. `lender`: of these tiers, for peers."""
         self.host = host
         self.disk = disk
         self._device = device
         self._mover = mover
-        self._loader = Loader(device, mover, host, disk, clock)
+        self.peers = peers
+        self.lender = lender
+        self._loader = Loader(device, mover, host, disk, clock, peers)
         self._storer = Storer(device, mover, host, disk, disk_write_policy, cold_device_blocks)
         self._held: set[BlockHash] = set()
         self._retries = 0
@@ -94,6 +134,11 @@ class Tiers:
         """From fast to slow; a detached disk is one, too."""
         tiers = [] if self.host is None else [TierName.HOST]
         return tiers if self.disk is None else [*tiers, TierName.DISK]
+
+    @property
+    def lent_block_ids(self) -> list[int]:
+        """Device blocks that peers are being sent, once for each reference that keeps them."""
+        return [] if self.lender is None else self.lender.lent_block_ids
 
     @property
     def next_deadline(self) -> float | None:
@@ -107,34 +152,44 @@ class Tiers:
         return self._loader.is_idle and self._storer.is_idle and self._retries == 0
 
     def match(
-        self, hashes: Sequence[BlockHash], block_compute_s: float | None = None
-    ) -> list[TierName]:
-        """Which tier each leading block of `hashes` would be loaded from; changes nothing.
+        self,
+        hashes: Sequence[BlockHash],
+        block_compute_s: float | None = None,
+        fetch: Sequence[FetchRange] = (),
+        first: int = 0,
+    ) -> list[BlockSource]:
+        """Where each leading block of `hashes` would be loaded from; changes nothing.
 
         `block_compute_s`: what computing one block takes; a tier that is known to be slower is not
-        read. Valid until the next call of anything else.
+        read. fetch: which peers have blocks that are not here; `first` is the index that it gives
+        the first of `hashes`. Valid until the next call of anything else.
         """
         tables = [
-            (tier, table)
+            (BlockSource(tier), table)
             for tier, table in self._tables()
             if not self._is_slower(tier, block_compute_s)
         ]
-        tiers: list[TierName] = []
-        for block_hash in hashes:
-            for tier, table in tables:
+        book = None if self.peers is None or not fetch else self.peers.book
+        bytes_per_s = self._device.block_bytes / block_compute_s if block_compute_s else None
+        sources: list[BlockSource] = []
+        for index, block_hash in enumerate(hashes, first):
+            for source, table in tables:
                 if table.lookup(block_hash) is Lookup.HIT:
-                    tiers.append(tier)
+                    sources.append(source)
                     break
             else:
-                break
-        return tiers
+                peer = None if book is None else book.find(fetch, index, bytes_per_s)
+                if peer is None:
+                    break
+                sources.append(BlockSource(TierName.REMOTE, peer))
+        return sources
 
     def start_load(
-        self, blocks: Sequence[tuple[BlockHash, TierName, int]], timeout_s: float
+        self, blocks: Sequence[tuple[BlockHash, BlockSource, int]], timeout_s: float
     ) -> LoadTicket:
         """Begins to load blocks that `match` has found, in the order of the chain.
 
-        blocks: (hash, tier, device block). The ticket may be done at once; it is in the next
+        blocks: (hash, source, device block). The ticket may be done at once; it is in the next
         `poll` all the same.
         """
         return self._loader.start(blocks, timeout_s)
@@ -168,10 +223,14 @@ class Tiers:
 
     def evicted(self, block_hash: BlockHash, block_id: int) -> None:
         """A device block has lost its name; called before anybody may write to it."""
+        if self.lender is not None:
+            self.lender.evicted(block_id)
         self._storer.evicted(block_hash, block_id)
 
     def cleared(self) -> None:
         """All device blocks have lost their names; called before anybody may write to them."""
+        if self.lender is not None:
+            self.lender.cleared()
         self._storer.cleared()
 
     def clear(self, tier: TierName) -> int:
@@ -203,13 +262,14 @@ class Tiers:
         for _, table in self._tables():
             table.unhold(names)
 
-    def take_events(self) -> list[tuple[TierName, BlockEvent]]:
-        """What changed in the tiers below the device since the last call, in order per tier."""
-        events: list[tuple[TierName, BlockEvent]] = []
-        if self.host is not None:
-            events += [(TierName.HOST, event) for event in self.host.table.take_events()]
-        if self.disk is not None:
-            events += [(TierName.DISK, event) for event in self.disk.take_events()]
+    def take_events(self) -> list[tuple[TierName, list[BlockEvent]]]:
+        """What changed in each tier below the device since the last call, in order; tiers in which
+        nothing changed are left out."""
+        events: list[tuple[TierName, list[BlockEvent]]] = []
+        if self.host is not None and (in_host := self.host.table.take_events()):
+            events.append((TierName.HOST, in_host))
+        if self.disk is not None and (on_disk := self.disk.take_events()):
+            events.append((TierName.DISK, on_disk))
         return events
 
     def statistics(self) -> TiersStatistics:
@@ -228,6 +288,14 @@ class Tiers:
             loads=replace(self._loader.counters),
             stores=replace(self._storer.counters),
             num_detachments=0 if self.disk is None else self.disk.num_detachments,
+            victims_used_at={
+                tier: used_at
+                for tier, table in self._tables()
+                if (used_at := table.next_victim_used_at()) is not None
+            },
+            peers=None if self.peers is None else replace(self.peers.book.counters),
+            num_peers_avoided=0 if self.peers is None else self.peers.book.num_avoided,
+            lent=None if self.lender is None else self.lender.snapshot(),
         )
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
@@ -237,6 +305,8 @@ class Tiers:
         transfer that hangs is left behind, with its slot.
         """
         deadline = time.monotonic() + timeout_s
+        if self.peers is not None:
+            self.peers.client.close(timeout_s)
         self._storer.flush()
         self._storer.pump()
         while not self.is_idle and (left_s := deadline - time.monotonic()) > 0:

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 from xllm.cache.block_pool import BlockEvent
 from xllm.cache.event_codec import TierCode
@@ -23,6 +24,10 @@ from xllm.errors import EtcdUnavailable
 from xllm.protocol import Epoch, WorkerId
 
 logger = logging.getLogger(__name__)
+
+SLICE_EVENTS = 1024
+"""Recorded before anybody else gets the loop: half a millisecond. More come at once only when a
+disk is found full of blocks."""
 
 
 class IndexUploader:
@@ -46,14 +51,19 @@ class IndexUploader:
         self._plan = plan
         self._clock = clock
         self._epoch: Epoch | None = None
+        self._backlog: deque[tuple[TierCode, Sequence[BlockEvent]]] = deque()
         self._wake = asyncio.Event()
         self._trouble: Failure | None = None
         """Why the last write failed; each reason is logged once."""
         session.on_new_epoch(lambda _: self._wake.set())
 
-    def record(self, tier: TierCode, events: Iterable[BlockEvent]) -> None:
+    def record(self, tier: TierCode, events: Sequence[BlockEvent]) -> None:
         """Events of one tier, in order."""
-        self._plan.record(tier, events, self._clock())
+        if self._backlog or len(events) > SLICE_EVENTS:
+            for start in range(0, len(events), SLICE_EVENTS):
+                self._backlog.append((tier, events[start : start + SLICE_EVENTS]))
+        else:
+            self._plan.record(tier, events, self._clock())
         self._wake.set()
 
     def touch(self, blocks: Iterable[int]) -> None:
@@ -71,6 +81,9 @@ class IndexUploader:
         """Until it is cancelled."""
         while True:
             self._wake.clear()
+            while self._backlog:
+                self._plan.record(*self._backlog.popleft(), self._clock())
+                await asyncio.sleep(0)
             now = self._clock()
             if self._epoch != self._session.epoch:
                 self._plan.begin_epoch(now, after_outage=self._epoch is not None)

@@ -23,6 +23,10 @@ class Share:
     """That it may publish, so that masters can hold them all."""
 
 
+SAFE_SHARE = Share(puts_per_s=1.0, bytes_per_s=16 * 1024.0)
+"""Until a leader has spoken: 500 workers with this and their load reports keep to the default."""
+
+
 class Bucket:
     """Puts and bytes that may be written now. May be overdrawn by one write, to be waited for."""
 

@@ -11,6 +11,10 @@ one queue of commands, one callback per step, and `statistics()`, an immutable s
 replaced after each step. A request's listener gets every delta and exactly one end: the last delta
 of each sample, or one error; after `cancel` it is not called any more.
 
+`cache_lock` is the engine's thread's but while it computes or sleeps. Then whoever takes it may use
+the cache's books, for a moment, as long as no sequence is changed: the server of peers pins and
+unpins blocks like that, and does not wait for a step of a long prompt to end.
+
 A step that raises fails the requests in it (EngineFault), frees their blocks, and the loop goes
 on; after MAX_FAULTS_IN_A_ROW of them the engine gives up, and `wait_closed` raises.
 """
@@ -31,9 +35,11 @@ from xllm.cache.admin import CacheAdmin
 from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.kv_cache import KVCache
+from xllm.cache.news import CacheNews, NewsCollector
 from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
 from xllm.engine.limits import check_request, scheduler_limits
+from xllm.engine.load_meter import LoadMeter
 from xllm.engine.outputs import StepOutputs
 from xllm.engine.request import Sequence
 from xllm.engine.runner import Runner
@@ -82,6 +88,8 @@ class Engine:
         )
         pool = BlockPool(runner.num_blocks, observer=observer)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.cache_lock: Final = threading.Lock()
+        """Taken before anybody but the engine's thread uses `tiers.lender`."""
         runner.allocate_cache(runner.num_blocks)
         self.tiers: Final = open_tiers(pool, root, lambda: self._commands.put(_wake_up))
         limits = scheduler_limits(config, runner.max_model_len)
@@ -101,6 +109,7 @@ class Engine:
         self._cost = StepCost()
         self._eos_token_ids = runner.model_config.eos_token_ids
         self._scheduler = Scheduler(self.kv_cache, limits, self._eos_token_ids, self._cost)
+        self._meter = LoadMeter(self._scheduler, self._cost)
         self._handles: set[RunningRequest] = set()
         """The event loop's: requests that have not ended."""
         self._calls: set[asyncio.Future[Any]] = set()
@@ -111,6 +120,8 @@ class Engine:
         """To be set before `start`."""
         self._counters = Counters()
         self._statistics = EngineStatistics(num_blocks=runner.num_blocks)
+        self.cache_news: Final = NewsCollector(self.kv_cache, self.tiers)
+        """Its listener, to be set before `start`, is called on the event loop's thread."""
         self._outbox: list[tuple[RunningRequest, TokenDelta | RequestError]] = []
         self._is_stopping = False
         self._faults_in_a_row = 0
@@ -191,7 +202,11 @@ class Engine:
     def step_counter(self) -> int:
         return self._statistics.num_steps
 
-    def _deliver(self, outbox: list[tuple[RunningRequest, TokenDelta | RequestError]]) -> None:
+    def _deliver(
+        self,
+        outbox: list[tuple[RunningRequest, TokenDelta | RequestError]],
+        news: CacheNews | None,
+    ) -> None:
         for handle, item in outbox:
             listener = handle.listener
             if listener is None:
@@ -203,6 +218,7 @@ class Engine:
                 if handle.num_open_samples == 0:
                     handle.end()
             listener(item)
+        self.cache_news.tell(news)
 
     def _set_started(self) -> None:
         if self._started is not None and not self._started.done():
@@ -230,32 +246,45 @@ class Engine:
         error: BaseException | None = None
         try:
             self._runner.enter_thread()
-            self._warm_up()
+            with self.cache_lock:
+                self._warm_up()
             self._post(self._set_started)
+            self._publish()
             has_run = False
-            while not self._is_stopping:
-                self._take_commands(may_sleep=not has_run)
-                has_run = self._step()
-                self._publish()
+            with self.cache_lock:
+                while not self._is_stopping:
+                    self._take_commands(may_sleep=not has_run)
+                    has_run = self._step()
+                    self._publish()
         except BaseException as caught:
             error = caught
             logger.exception("engine_stopped")
         if self.tiers is not None:
-            self._scheduler.abort_all()
-            self.tiers.close(FLUSH_S)
+            with self.cache_lock:
+                self._scheduler.abort_all()
+                self.tiers.close(FLUSH_S)
         self._post(lambda: self._set_closed(error))
 
     def _take_commands(self, *, may_sleep: bool) -> None:
         """Applies what the event loop asked for; sleeps while there is nothing to run."""
         if may_sleep:
             with contextlib.suppress(queue.Empty):
-                self._commands.get(timeout=self._max_sleep_s())()
+                self._next_command()()
         while True:
             try:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 return
             command()
+
+    def _next_command(self) -> Callable[[], None]:
+        """Sleeps until there is one. Raises: queue.Empty."""
+        timeout_s = self._max_sleep_s()
+        self.cache_lock.release()
+        try:
+            return self._commands.get(timeout=timeout_s)
+        finally:
+            self.cache_lock.acquire()
 
     def _begin(self, handle: RunningRequest, arrival: float) -> None:
         request = handle.request
@@ -327,11 +356,15 @@ class Engine:
                     self.observer.request_begun(time.monotonic() - item.seq.arrival)
 
     def _execute(self, plan: StepPlan, outputs: StepOutputs) -> SampledTokens:
-        if plan.copies:
-            self._runner.copy_blocks(plan.copies)
         runner = self._runner
+        if plan.copies:
+            runner.copy_blocks(plan.copies)
         batch = build_batch(plan, self.kv_cache.block_size, runner.device, runner.staging)
-        return runner.execute(batch, outputs.sampling)
+        self.cache_lock.release()
+        try:
+            return runner.execute(batch, outputs.sampling)
+        finally:
+            self.cache_lock.acquire()
 
     def _fail(self, plan: StepPlan) -> None:
         """After a step that raised: nobody knows what its blocks hold, so nobody may use them."""
@@ -360,10 +393,11 @@ class Engine:
 
     def _publish(self) -> None:
         """One callback for all that the step brought, and a new snapshot."""
-        self._statistics = self._counters.snapshot(self._scheduler, self._cost, self.tiers)
-        if self._outbox:
+        self._statistics = self._counters.snapshot(self._meter, self.tiers)
+        news = self.cache_news.take()
+        if self._outbox or news is not None:
             outbox, self._outbox = self._outbox, []
-            self._post(lambda: self._deliver(outbox))
+            self._post(lambda: self._deliver(outbox, news))
 
     def _post(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -18,7 +18,12 @@ from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.disk_tier import DiskTier, DiskTierConfig, cache_directory
 from xllm.cache.eviction import EvictionPolicyName
 from xllm.cache.host_tier import HostMemoryBlocks, HostTier
+from xllm.cache.lender import Lender
 from xllm.cache.mover import Mover
+from xllm.cache.peer_book import PeerBook
+from xllm.cache.peer_client import PeerClient, PeerLimits
+from xllm.cache.peer_wire import PeerLayout
+from xllm.cache.peers import Peers
 from xllm.cache.slab import OS_IO, VectorIO
 from xllm.cache.slab_format import round_up
 from xllm.cache.store_transfers import STAGING_BYTES
@@ -30,6 +35,7 @@ from xllm.engine.device_blocks import device_blocks
 from xllm.engine.memory import available_memory_bytes
 from xllm.engine.runner import Runner
 from xllm.errors import ConfigError
+from xllm.protocol import WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +104,16 @@ class LowerTiersFactory:
         runner: Runner,
         observers: Mapping[TierName, BlockObserver] | None = None,
         io: VectorIO = OS_IO,
+        peer_id: WorkerId | None = None,
+        peer_limits: PeerLimits | None = None,
     ) -> None:
+        """`peer_id`: what this worker calls itself to those it fetches from; None: it fetches from
+        nobody, and lends nothing."""
         self._runner = runner
         self._observers = observers or {}
         self._io = io
+        self._peer_id = peer_id if runner.config.enable_prefix_cache else None
+        self._peer_limits = peer_limits
 
     def __call__(
         self, pool: BlockPool, root: CacheRoot, on_ended: Callable[[], None]
@@ -113,19 +125,29 @@ class LowerTiersFactory:
         """
         config = self._runner.config
         host, disk = self._make_host(config), self._make_disk(config, root)
-        if host is None and disk is None:
+        has_lower = host is not None or disk is not None
+        if not has_lower and self._peer_id is None:
             return None
         device = device_blocks(self._runner.cache, self._runner.native_library)
-        if isinstance(device, HostMemoryBlocks):
+        if isinstance(device, HostMemoryBlocks) and has_lower:
             device.populate()
+        mover = Mover(on_ended=on_ended)
+        peers = lender = None
+        if self._peer_id is not None:
+            layout = peer_layout(self._runner, root)
+            client = PeerClient(self._peer_id, layout, device, mover, self._peer_limits)
+            peers = Peers(client, PeerBook(time.monotonic))
+            lender = Lender(pool, device, host, disk)
         return Tiers(
             device,
-            Mover(on_ended=on_ended),
+            mover,
             host=host,
             disk=disk,
             disk_write_policy=DiskWritePolicy(config.disk_write_policy),
             clock=time.monotonic,
             cold_device_blocks=pool.coldest,
+            peers=peers,
+            lender=lender,
         )
 
     def _make_host(self, config: EngineConfig) -> HostTier | None:
@@ -156,6 +178,17 @@ class LowerTiersFactory:
         )
         observer = self._observers.get(TierName.DISK)
         return DiskTier(disk, clock=time.monotonic, observer=observer, io=self._io)
+
+
+def peer_layout(runner: Runner, root: CacheRoot) -> PeerLayout:
+    """What a peer must have in common with this engine."""
+    return PeerLayout(
+        root=root.hash(""),
+        fingerprint=root.fingerprint,
+        kv_dtype=root.kv_dtype,
+        block_size=root.block_size,
+        block_bytes=runner.block_bytes,
+    )
 
 
 def _gib(num_bytes: int) -> str:

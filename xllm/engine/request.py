@@ -22,7 +22,14 @@ import enum
 from typing import TYPE_CHECKING, Final
 
 from xllm.cache.tier import TierName
-from xllm.protocol import BlockHash, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+from xllm.protocol import (
+    BlockHash,
+    FetchRange,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    TokenLogprob,
+)
 
 if TYPE_CHECKING:
     from xllm.cache.loads import LoadTicket
@@ -106,6 +113,10 @@ class Sequence:
     @property
     def attempt(self) -> int:
         return self.group.attempt
+
+    @property
+    def fetch(self) -> list[FetchRange]:
+        return self.group.fetch
 
     @property
     def num_tokens(self) -> int:

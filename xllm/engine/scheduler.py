@@ -293,7 +293,7 @@ class Scheduler:
                     return
                 continue
             start = min(match.num_tokens, seq.num_tokens - 1)
-            if not match.tiers and not budget.affords(start, seq.num_tokens - start):
+            if not match.sources and not budget.affords(start, seq.num_tokens - start):
                 return
             # A block for the next token of each running sequence stays free, so that admitting
             # one request does not preempt another a moment later.
@@ -324,7 +324,7 @@ class Scheduler:
     def _load_timeout_s(self, match: PrefixMatch) -> float:
         if self.limits.prefetch_timeout_s is not None:
             return self.limits.prefetch_timeout_s
-        num_tokens = len(match.tiers) * self.kv_cache.block_size
+        num_tokens = len(match.sources) * self.kv_cache.block_size
         return self._cost.predict(prefill_work(match.num_tokens, num_tokens))
 
     def _append(self, seq: Sequence, token_id: int, sample: int) -> Advance:

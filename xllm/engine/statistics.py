@@ -7,8 +7,10 @@ from typing import Protocol
 
 from xllm.cache.tier import TierName
 from xllm.cache.tiers import Tiers, TiersStatistics
-from xllm.engine.scheduler import Scheduler, StepPlan
-from xllm.engine.step_cost import StepCost, decode_work
+from xllm.engine.load_meter import LoadMeter
+from xllm.engine.scheduler import StepPlan
+from xllm.engine.step_cost import decode_work
+from xllm.protocol import PrefillCost
 
 RATE_PROMPT_TOKENS = 512
 """Length of the prompt whose rate is reported."""
@@ -53,6 +55,13 @@ class EngineStatistics:
     """Of a new prompt of RATE_PROMPT_TOKENS, by the fitted cost of a step."""
     decode_step_s: float = 0.0
     """Of one sequence with that context, likewise."""
+    prefill_cost: PrefillCost | None = None
+    """Of which these rates are examples; None: not known yet."""
+    queue_s: float = 0.0
+    """Until a prompt that comes now would begin to be computed."""
+    victim_used_at: float | None = None
+    """When the device block was last used that the next one displaces, by `time.monotonic`; None:
+    there is room."""
     hit_tokens_by_tier: dict[TierName, int] = field(default_factory=dict)
     """Where `hit_tokens` came from."""
     tiers: TiersStatistics | None = None
@@ -82,9 +91,8 @@ class Counters:
         self.prompt_tokens += plan.num_tokens - plan.num_decodes
         self.generated_tokens += sum(item.num_samples for item in plan.scheduled)
 
-    def snapshot(
-        self, scheduler: Scheduler, cost: StepCost, tiers: Tiers | None
-    ) -> EngineStatistics:
+    def snapshot(self, meter: LoadMeter, tiers: Tiers | None) -> EngineStatistics:
+        scheduler, cost = meter.scheduler, meter.cost
         pool = scheduler.kv_cache.pool.statistics()
         cache = scheduler.kv_cache.statistics()
         return EngineStatistics(
@@ -110,6 +118,9 @@ class Counters:
             last_step_s=self.last_step_s,
             prefill_tokens_per_s=cost.prefill_tokens_per_s(RATE_PROMPT_TOKENS),
             decode_step_s=cost.predict(decode_work(RATE_PROMPT_TOKENS)),
+            prefill_cost=cost.prefill_cost(),
+            queue_s=meter.queue_s(),
+            victim_used_at=scheduler.kv_cache.pool.next_victim_used_at(),
             hit_tokens_by_tier=cache.hit_tokens_by_tier,
             tiers=None if tiers is None else tiers.statistics(),
         )

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from xllm.protocol import PrefillCost
+
 FORGETTING = 0.995
 _PRIOR_VARIANCE = np.array([1e-1, 1e-2, 1e-6, 1e-6]) ** 2
 """Of the coefficients, in seconds: wide, so that any measurement outweighs the prior."""
@@ -93,6 +95,13 @@ class StepCost:
         """The rate at which a new prompt of this length is computed, in one chunk."""
         seconds = self.predict(prefill_work(0, num_tokens))
         return num_tokens / seconds if seconds > 0 else 0.0
+
+    def prefill_cost(self) -> PrefillCost | None:
+        """What routers reckon with; None: nothing was observed."""
+        if not self.num_observed:
+            return None
+        per_step, per_row, per_pair, _ = self._positive()
+        return PrefillCost(float(per_step), float(per_row), float(per_pair))
 
     def token_s(self) -> float:
         """What a prompt token costs at the least, beside others in one chunk; 0: not known yet."""

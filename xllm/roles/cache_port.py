@@ -127,33 +127,41 @@ class CachePort:
     async def _prepare(self, body: PromptBody) -> tuple[Engine, list[int]]:
         """The engine, and the prompt's token ids. Raises: NoWorker, InvalidRequest."""
         engine = self._running_engine()
-        if body.token_ids is not None:
-            assert self._card is not None
-            check_vocabulary(body.token_ids, self._card, param="token_ids")
-            return engine, body.token_ids
-        if self._tokenizer is None:
+        assert self._card is not None
+        if self._tokenizer is None and body.token_ids is None:
             assert self._load_tokenizer is not None
             self._tokenizer = await asyncio.to_thread(self._load_tokenizer)
         with ThreadPoolExecutor(1, thread_name_prefix="encode") as executor:
             encoder = PromptEncoder(executor)
-            if body.messages is not None:
-                chat = ChatRequest(
-                    messages=body.messages,
-                    chat_template_kwargs=body.chat_template_kwargs,
-                    add_generation_prompt=body.add_generation_prompt,
-                )
-                prompt = await encoder.chat(chat, self._tokenizer)
-            else:
-                assert body.text is not None
-                [prompt] = await encoder.texts(
-                    [body.text], self._tokenizer, add_special_tokens=True
-                )
-        return engine, prompt.token_ids
+            return engine, await encode_prompt(body, encoder, self._tokenizer, self._card)
 
     def _running_engine(self) -> Engine:
         if self._engine is None:
             raise NoWorker("the model is still being loaded; try again", retry_after_s=1)
         return self._engine
+
+
+async def encode_prompt(
+    body: PromptBody, encoder: PromptEncoder, tokenizer: Tokenizer | None, card: ModelCard
+) -> list[int]:
+    """A prompt's token ids; the tokenizer may be missing where these are given.
+
+    Raises: InvalidRequest.
+    """
+    if body.token_ids is not None:
+        check_vocabulary(body.token_ids, card, param="token_ids")
+        return body.token_ids
+    assert tokenizer is not None
+    if body.messages is not None:
+        chat = ChatRequest(
+            messages=body.messages,
+            chat_template_kwargs=body.chat_template_kwargs,
+            add_generation_prompt=body.add_generation_prompt,
+        )
+        return (await encoder.chat(chat, tokenizer)).token_ids
+    assert body.text is not None
+    [prompt] = await encoder.texts([body.text], tokenizer, add_special_tokens=True)
+    return prompt.token_ids
 
 
 def _by_name(counts: Mapping[TierName, int]) -> dict[str, int]:

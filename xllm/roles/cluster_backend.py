@@ -8,16 +8,28 @@ import logging
 import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
+
+from msgspec.structs import replace
 
 from xllm.config import RoutingConfig
-from xllm.errors import ConfigError, NoWorker, Overloaded, UnknownModel, WorkerLost
-from xllm.protocol import GenerateRequest, ModelCard, WorkerId
+from xllm.errors import (
+    ConfigError,
+    NoWorker,
+    Overloaded,
+    RequestError,
+    UnknownModel,
+    WorkerLost,
+)
+from xllm.protocol import GenerateRequest, ModelCard, TokenDelta, WorkerId, WorkerInfo, WorkerLoad
 from xllm.roles.admission import MIN_QUEUED
+from xllm.roles.car_policy import NO_PEERS, CostAware, CostRoute, Peers
 from xllm.roles.delta_queue import Listener
-from xllm.roles.global_scheduler import Candidate, Policy
+from xllm.roles.global_scheduler import Candidate
+from xllm.roles.registration import cache_root
 from xllm.roles.registry import MemberState, Registry
 from xllm.roles.routed_generation import Placed, RoutedGeneration
-from xllm.roles.stream_client import WorkerStream
+from xllm.roles.stream_client import StreamRequest, WorkerStream
 from xllm.telemetry import Metrics
 from xllm.tokenizer import Tokenizer
 
@@ -37,20 +49,22 @@ class ClusterBackend:
     def __init__(
         self,
         registry: Registry[WorkerStream],
-        policy: Policy,
+        router: CostAware,
         metrics: Metrics,
         tokenizer: Tokenizer | None = None,
         limits: RoutingConfig | None = None,
     ) -> None:
         """Without a `tokenizer` for all models, each model's comes from its workers."""
         self._registry = registry
-        self._policy = policy
+        self._router = router
         self._metrics = metrics
         self._limits = limits or RoutingConfig()
         self._fixed_tokenizer = tokenizer
         self._tokenizers: dict[str, Tokenizer] = {}
         """By fingerprint of the weights."""
         self._fetching = asyncio.Lock()
+        registry.on_report(self._report)
+        registry.on_gone(self._forget)
 
     def model_cards(self) -> Sequence[ModelCard]:
         return self._registry.model_cards()
@@ -133,14 +147,42 @@ class ClusterBackend:
             candidates = self._registry.candidates(request.model_id, excluded)
             if request.attempt == 0:
                 candidates = self._admitting(candidates)
-            worker_id = self._policy.route(request, candidates).worker_id
+            route = self._router.route(request, candidates, self._peers(request.model_id))
+            followed = _Followed(self._router, self._metrics, route, request.n, listener)
+            # Each attempt has its own: whoever served blocks to the last one may be gone.
+            sent = replace(request, fetch=list(route.fetch)) if route.fetch else request
             try:
-                opened = self._registry.stream(worker_id).submit(request, listener)
+                opened = self._registry.stream(route.worker_id).submit(sent, followed.listen)
             except WorkerLost:
-                excluded = excluded | {worker_id}
-            else:
-                self._metrics.requests_routed.inc()
-                return Placed(worker_id, opened.cancel)
+                excluded = excluded | {route.worker_id}
+                continue
+            self._router.dispatched(route)
+            self._metrics.requests_routed.inc()
+            if route.fetch:
+                self._metrics.route_fetches.inc()
+            followed.running = opened
+            return Placed(route.worker_id, followed.cancel)
+
+    def explain(self, request: GenerateRequest) -> list[dict[str, Any]]:
+        """What every worker would cost that may get the request, who would get it first.
+
+        Raises: UnknownModel, NoWorker, Overloaded.
+        """
+        candidates = self._admitting(self._registry.candidates(request.model_id))
+        return self._router.explain(request, candidates, self._peers(request.model_id))
+
+    def _peers(self, model_id: str) -> Peers:
+        if not self._limits.enable_peer_fetch:
+            return NO_PEERS
+        return self._registry.block_addresses(model_id)
+
+    def _report(self, info: WorkerInfo, load: WorkerLoad, num_unacknowledged: int) -> None:
+        self._router.report(cache_root(info), info.worker_id, load, num_unacknowledged)
+
+    def _forget(self, worker_id: WorkerId) -> None:
+        self._router.forget(worker_id)
+        with contextlib.suppress(KeyError):
+            self._metrics.ttft_estimate_error_seconds.remove(worker_id)
 
     def _admitting(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those that would begin a new request soon enough. Raises: Overloaded."""
@@ -161,3 +203,67 @@ class ClusterBackend:
                 retry_after_s=min(math.ceil(least_s - limit_s), MAX_RETRY_AFTER_S),
             )
         return admitting
+
+
+class _Followed:
+    """Tells the router what becomes of one attempt, on its way to the listener."""
+
+    __slots__ = (
+        "_has_begun",
+        "_has_ended",
+        "_listener",
+        "_metrics",
+        "_num_open",
+        "_route",
+        "_router",
+        "running",
+    )
+
+    def __init__(
+        self,
+        router: CostAware,
+        metrics: Metrics,
+        route: CostRoute,
+        num_samples: int,
+        listener: Listener,
+    ) -> None:
+        self._router = router
+        self._metrics = metrics
+        self._route = route
+        self._num_open = num_samples
+        self._listener = listener
+        self._has_begun = False
+        self._has_ended = False
+        self.running: StreamRequest | None = None
+        """None until it is sent."""
+
+    def listen(self, news: TokenDelta | RequestError) -> None:
+        if isinstance(news, RequestError):
+            self.end()
+        else:
+            if not self._has_begun:
+                self._has_begun = True
+                self._compare()
+            if news.finish_reason is not None:
+                self._num_open -= 1
+                if not self._num_open:
+                    self.end()
+        self._listener(news)
+
+    def end(self) -> None:
+        """Idempotent."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._router.ended(self._route)
+
+    def cancel(self) -> None:
+        """Idempotent."""
+        self.end()
+        if self.running is not None:
+            self.running.cancel()
+
+    def _compare(self) -> None:
+        outcome = self._router.first_token(self._route)
+        if outcome is not None:
+            error_s = outcome.measured_s - outcome.estimated_s
+            self._metrics.ttft_estimate_error_seconds.labels(outcome.worker_id).observe(error_s)

@@ -30,7 +30,7 @@ from typing import NamedTuple, TypeAlias
 
 from xllm.cache.event_codec import TierCode
 from xllm.cache.index import TierCounts
-from xllm.protocol import PrefillCost, WorkerId, WorkerLoad
+from xllm.protocol import PEER, PrefillCost, WorkerId, WorkerLoad
 
 MAX_STEP_S = 0.08
 """Of a step with decodes in it: the chunk of a prompt gets what they leave."""
@@ -47,9 +47,6 @@ and 0.546 s with 2; 0.964 and 0.556 s with 3."""
 DEFAULT_COST = PrefillCost(0.0, 1e-3, 0.0)
 """As long as no worker has measured anything: all are equal then."""
 
-PEER = "peer"
-"""The key of a fetch from a peer in `WorkerLoad.tier_block_s`."""
-
 _TIERS = [tier.name.lower() for tier in TierCode]
 _MAX_UNACKNOWLEDGED = 4096
 _SCATTER = 0x9E3779B97F4A7C15
@@ -60,6 +57,40 @@ def prefill_s(cost: PrefillCost, start: int, num_tokens: int) -> float:
     """Seconds to compute `num_tokens` after a context of `start`."""
     pairs = num_tokens * (start + num_tokens / 2)
     return cost.step_s + cost.token_s * num_tokens + cost.pair_s * pairs
+
+
+class CostKind:
+    """Workers that compute at about the same cost, and that cost.
+
+    Each worker's own figures are noisy. Taken as they are, every new prompt of an idle cluster
+    would go to whichever worker measured best last, and masters would not agree on who that is.
+    """
+
+    __slots__ = ("cost",)
+
+    NOISE = 1.3
+    """What differs by a smaller factor is the same."""
+    WEIGHT = 1 / 16
+    """Of one report in the common cost."""
+
+    def __init__(self, cost: PrefillCost) -> None:
+        self.cost = cost
+
+    def matches(self, cost: PrefillCost) -> bool:
+        """Whether a short and a long prompt both cost about the same."""
+        for num_tokens in (512, 8192):
+            mine, other = prefill_s(self.cost, 0, num_tokens), prefill_s(cost, 0, num_tokens)
+            if max(mine, other) > self.NOISE * min(mine, other):
+                return False
+        return True
+
+    def add(self, cost: PrefillCost) -> None:
+        old, weight = self.cost, self.WEIGHT
+        self.cost = PrefillCost(
+            old.step_s + weight * (cost.step_s - old.step_s),
+            old.token_s + weight * (cost.token_s - old.token_s),
+            old.pair_s + weight * (cost.pair_s - old.pair_s),
+        )
 
 
 class Parts(NamedTuple):
@@ -106,21 +137,23 @@ class WorkerView:
         "_at",
         "_backlog_s",
         "_sent",
-        "cost",
+        "_slowdown",
         "displace_block_s",
         "key",
+        "kind",
         "load",
         "load_block_s",
         "peer_block_s",
-        "slowdown",
+        "worker_id",
     )
 
-    def __init__(self, worker_id: WorkerId, now: float) -> None:
+    def __init__(self, worker_id: WorkerId, kind: CostKind, now: float) -> None:
+        self.kind = kind
+        self.worker_id = worker_id
         digest = blake2b(worker_id.encode(), digest_size=8).digest()
         self.key = int.from_bytes(digest, "little")
         self.load: WorkerLoad | None = None
-        self.cost = DEFAULT_COST
-        self.slowdown = 1.0
+        self._slowdown = 1.0
         self.load_block_s: Sequence[float] = (0.0, 0.0, 0.0, 0.0)
         self.peer_block_s = math.inf
         self.displace_block_s = 0.0
@@ -134,24 +167,37 @@ class WorkerView:
         load: WorkerLoad,
         num_unacknowledged: int,
         now: float,
-        default: PrefillCost,
+        kind: CostKind,
         block_size: int,
         reuse: ReuseMeter,
     ) -> None:
         self.load = load
-        self.cost = load.prefill_cost or _cost_by_rate(load) or default
-        share = 1.0 - load.decode_step_s / MAX_STEP_S if load.running_requests_num else 1.0
-        self.slowdown = 1.0 / max(share, MIN_PREFILL_SHARE)
-        compute_block_s = self.cost.token_s * block_size
+        self.kind = kind
+        self._slowdown = _slowdown(load.decode_step_s) if load.running_requests_num else 1.0
+        compute_block_s = self.kind.cost.token_s * block_size
         known = [load.tier_block_s.get(tier, math.inf) for tier in _TIERS[1:]]
         self.load_block_s = (0.0, *(min(block_s, compute_block_s) for block_s in known))
         self.peer_block_s = load.tier_block_s.get(PEER, math.inf)
         self.displace_block_s = self._displace_block_s(load, compute_block_s, reuse)
         while len(self._sent) > num_unacknowledged:
             self._sent.popleft()
-        queue_s = load.queue_s or load.waiting_tokens_num * self.cost.token_s
+        queue_s = load.queue_s or load.waiting_tokens_num * self.kind.cost.token_s
         self._backlog_s = queue_s + sum(self._sent)
         self._at = now
+
+    @property
+    def tpot_s(self) -> float:
+        """Of one sequence more."""
+        return self._step_s(1) if self.load is not None else 0.0
+
+    def slowdown_with(self, num_more: int) -> float:
+        """What a second of computing takes beside the decodes that were reported, and so many."""
+        return self._slowdown if num_more <= 0 else _slowdown(self._step_s(num_more))
+
+    def _step_s(self, num_more: int) -> float:
+        """Of a step that decodes what was reported, and so many sequences more."""
+        reported_s = self.load.decode_step_s if self.load is not None else 0.0
+        return max(reported_s, self.kind.cost.step_s) + num_more * self.kind.cost.token_s
 
     def rank(self, block: int) -> int:
         """Where this worker stands in the order that all masters give workers for a block."""
@@ -172,20 +218,23 @@ class WorkerView:
         num_blocks: int,
         block_size: int,
         num_tokens: int,
+        num_more: int,
         now: float,
     ) -> RawParts:
-        """The fields of `Parts`. `longest`: the longest prefix that any worker holds."""
+        """The fields of `Parts`. `longest`: the longest prefix that may be fetched; `num_more`:
+        requests that are there beyond the reported ones."""
         device, host, disk, remote = prefix
         num_held = device + host + disk + remote
         loading_s = 0.0
         if num_held > device:
             _, host_s, disk_s, remote_s = self.load_block_s
             loading_s = host * host_s + disk * disk_s + remote * remote_s
-        computing_s = self._computing_s(num_held * block_size, num_tokens)
+        slowdown = self.slowdown_with(num_more)
+        computing_s = self._computing_s(num_held * block_size, num_tokens) * slowdown
         fetching_s = 0.0
         num_fetched = 0
         if longest > num_held and self.peer_block_s < math.inf:
-            shorter_s = self._computing_s(longest * block_size, num_tokens)
+            shorter_s = self._computing_s(longest * block_size, num_tokens) * slowdown
             to_fetch_s = (longest - num_held) * self.peer_block_s
             if to_fetch_s + shorter_s < computing_s:
                 computing_s, fetching_s = shorter_s, to_fetch_s
@@ -204,7 +253,7 @@ class WorkerView:
         """At least the last token is computed, whatever is held."""
         if start >= num_tokens:
             start = num_tokens - 1
-        return prefill_s(self.cost, start, num_tokens - start) * self.slowdown
+        return prefill_s(self.kind.cost, start, num_tokens - start)
 
     def _displace_block_s(
         self, load: WorkerLoad, compute_block_s: float, reuse: ReuseMeter
@@ -274,6 +323,13 @@ class ReuseMeter:
         return min(int(math.log2(rest_s + 1)), self.NUM_CLASSES - 1)
 
 
-def _cost_by_rate(load: WorkerLoad) -> PrefillCost | None:
+def _slowdown(step_s: float) -> float:
+    return 1.0 / max(1.0 - step_s / MAX_STEP_S, MIN_PREFILL_SHARE)
+
+
+def measured_cost(load: WorkerLoad) -> PrefillCost | None:
+    """As far as the worker knows its own."""
+    if load.prefill_cost is not None:
+        return load.prefill_cost
     rate = load.prefill_tokens_per_s
     return PrefillCost(0.0, 1 / rate, 0.0) if rate else None

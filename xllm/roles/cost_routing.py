@@ -9,9 +9,9 @@ of its own: a backlog is in the unit of the compute that a prefix saves. Rules:
  3. Costs that differ by less than `TIE_S` are ties, which go by rendezvous hash, so that masters
     agree (Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998). What is
     hashed is the first block that the worker lacks: prompts that share only a system prompt spread
-    over the cluster, prompts that share more meet.
+    over the cluster, prompts that share more meet. Where nothing is lacking, the fewest requests.
  4. A worker that has measured nothing is taken for one like the others, and one without events
-    for one that holds nothing.
+    for one that holds nothing. Workers whose costs differ by no more than noise are equal.
 
 Not here: which workers may be asked (`registry.py`), what etcd says (`index_view.py`).
 """
@@ -19,14 +19,24 @@ Not here: which workers may be asked (`registry.py`), what etcd says (`index_vie
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from xllm.cache.block_pool import BlockEventKind
 from xllm.cache.event_codec import EventBatch, Section, TierCode
 from xllm.cache.index import CacheIndex, TierCounts
 from xllm.protocol import WorkerId, WorkerLoad
-from xllm.roles.cost_model import DEFAULT_COST, Parts, RawParts, ReuseMeter, WorkerView, cost_s
+from xllm.roles.cost_model import (
+    DEFAULT_COST,
+    CostKind,
+    Parts,
+    RawParts,
+    ReuseMeter,
+    WorkerView,
+    cost_s,
+    measured_cost,
+)
 from xllm.roles.global_scheduler import Candidate
 
 CREDIT_S = 2.0
@@ -65,6 +75,14 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """What a worker has to be able to keep to be chosen, in seconds."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of an estimate; the difference is the error of that worker's metric."""
 
@@ -88,36 +106,60 @@ class CostRouting:
         self._dispatches: dict[str, tuple[Estimate, float]] = {}
         self._credits = _Credits()
         self._reuse = ReuseMeter()
-        self._average = DEFAULT_COST
+        self._kinds = [CostKind(DEFAULT_COST)]
+        """The first one: of workers that have measured nothing, while nobody has."""
 
     def report(self, worker: WorkerId, load: WorkerLoad, num_unacknowledged: int = 0) -> None:
         """A load report has come; the last `num_unacknowledged` dispatches are not in it."""
-        if load.prefill_cost is not None:
-            self._average = load.prefill_cost
         view = self._view(worker)
-        view.report(
-            load, num_unacknowledged, self._clock(), self._average, self._block_size, self._reuse
-        )
+        kind = self._kind_of(view, load)
+        now = self._clock()
+        view.report(load, num_unacknowledged, now, kind, self._block_size, self._reuse)
 
     def forget(self, worker: WorkerId) -> None:
         """The worker is gone; its requests are ended by whoever runs them."""
         self._views.pop(worker, None)
 
-    def route(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Estimate:
-        """The best of `candidates`, which are not empty; the prompt has at least one token."""
-        self._reuse.observe(prompt.hashes, self._clock())
-        return self._choose(prompt, candidates)[0]
+    def route(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[Candidate],
+        peers: Container[WorkerId] | None = None,
+    ) -> Estimate:
+        """The best of `candidates`, which are not empty; the prompt has at least one token.
 
-    def explain(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Estimate]:
+        `peers`: who may be fetched from; None: everybody.
+        """
+        self._reuse.observe(prompt.hashes, self._clock())
+        return self._weigh(prompt, candidates, peers).best()
+
+    def route_in_time(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[Candidate],
+        targets: Targets,
+        peers: Container[WorkerId] | None = None,
+    ) -> Estimate | None:
+        """As `route`, among those that keep `targets`; None: nobody does."""
+        weighed = self._weigh(prompt, candidates, peers)
+        if not weighed.keep(targets):
+            return None
+        self._reuse.observe(prompt.hashes, self._clock())
+        return weighed.best()
+
+    def explain(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[Candidate],
+        peers: Container[WorkerId] | None = None,
+    ) -> list[Estimate]:
         """All estimates, the one that `route` would give first; changes nothing."""
         self._credits.drop_expired(self._clock())
-        best, held, all_parts = self._choose(prompt, candidates)
-        rest = [
-            Estimate(candidate.worker_id, held.get(candidate.worker_id, _NO_BLOCKS), Parts(*parts))
-            for candidate, parts in zip(candidates, all_parts, strict=True)
-            if candidate.worker_id != best.worker_id
-        ]
-        return [best, *sorted(rest, key=lambda estimate: estimate.parts.cost_s)]
+        return self._weigh(prompt, candidates, peers).all()
+
+    def tpot_s(self, worker: WorkerId) -> float:
+        """`WorkerView.tpot_s`."""
+        return self._view(worker).tpot_s
 
     def dispatched(self, prompt: Prompt, estimate: Estimate) -> None:
         """The request was sent to the estimate's worker."""
@@ -146,40 +188,53 @@ class CostRouting:
     def _view(self, worker: WorkerId) -> WorkerView:
         view = self._views.get(worker)
         if view is None:
-            view = self._views[worker] = WorkerView(worker, self._clock())
-            view.cost = self._average
+            view = self._views[worker] = WorkerView(worker, self._kinds[-1], self._clock())
         return view
 
-    def _choose(
-        self, prompt: Prompt, candidates: Sequence[Candidate]
-    ) -> tuple[Estimate, dict[WorkerId, TierCounts], list[RawParts]]:
-        """The best one, what everybody holds, and the parts of all candidates, for `explain`."""
+    def _kind_of(self, view: WorkerView, load: WorkerLoad) -> CostKind:
+        cost = measured_cost(load)
+        if cost is None:
+            return self._kinds[-1]
+        if view.load is None or view.kind is self._kinds[0] or not view.kind.matches(cost):
+            used = {id(other.kind) for other in self._views.values()}
+            self._kinds[1:] = [kind for kind in self._kinds[1:] if id(kind) in used]
+            matching = (kind for kind in self._kinds[1:] if kind.matches(cost))
+            kind = next(matching, None)
+            if kind is None:
+                kind = CostKind(cost)
+                self._kinds.append(kind)
+            return kind
+        view.kind.add(cost)
+        return view.kind
+
+    def _weigh(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[Candidate],
+        peers: Container[WorkerId] | None,
+    ) -> _Weighed:
         now = self._clock()
         hashes, num_tokens, block_size = prompt.hashes, prompt.num_tokens, self._block_size
         num_blocks = len(hashes)
         held = self._held(hashes)
         views = [self._views.get(c.worker_id) or self._view(c.worker_id) for c in candidates]
         prefixes = [held.get(c.worker_id, _NO_BLOCKS) for c in candidates]
-        longest = max(map(sum, prefixes)) if held else 0
+        longest = 0
+        if held:
+            from_peers = held.items()
+            longest = max((sum(h) for w, h in from_peers if peers is None or w in peers), default=0)
         all_parts = [
-            view.parts(prefix, longest, num_blocks, block_size, num_tokens, now)
-            for view, prefix in zip(views, prefixes, strict=True)
+            view.parts(prefix, longest, num_blocks, block_size, num_tokens, c.unreported, now)
+            for c, view, prefix in zip(candidates, views, prefixes, strict=True)
         ]
-        costs = list(map(cost_s, all_parts))
-        limit = min(costs) + TIE_S
-        ties = [i for i, cost in enumerate(costs) if cost <= limit]
-        best = ties[0]
-        if len(ties) > 1:
-            best = max(ties, key=lambda i: (views[i].rank(_lacking(hashes, prefixes[i])), i))
-        parts = Parts(*all_parts[best])
-        fetch = None
-        if parts.num_fetched:
-            holders = [i for i, prefix in enumerate(prefixes) if sum(prefix) == longest]
-            peer = min(holders, key=lambda i: (views[i].backlog_s(now), i))
-            first = longest - parts.num_fetched
-            fetch = Fetch(candidates[peer].worker_id, first, parts.num_fetched)
-        estimate = Estimate(candidates[best].worker_id, prefixes[best], parts, fetch)
-        return estimate, held, all_parts
+        sources: list[tuple[float, WorkerId]] = []
+        if any(parts[-1] for parts in all_parts):
+            sources = [
+                (self._view(worker).backlog_s(now), worker)
+                for worker, counts in held.items()
+                if sum(counts) == longest and (peers is None or worker in peers)
+            ]
+        return _Weighed(hashes, candidates, views, prefixes, all_parts, longest, sources)
 
     def _held(self, hashes: Sequence[int]) -> dict[WorkerId, TierCounts]:
         held = self._index.match(hashes)
@@ -189,10 +244,83 @@ class CostRouting:
         return held
 
 
-def _lacking(hashes: Sequence[int], prefix: TierCounts) -> int:
-    """The first block of a prompt beyond what a worker holds."""
+class _Weighed:
+    """One prompt on each of the candidates."""
+
+    __slots__ = (
+        "_candidates",
+        "_costs",
+        "_hashes",
+        "_longest",
+        "_parts",
+        "_prefixes",
+        "_sources",
+        "_views",
+    )
+
+    def __init__(
+        self,
+        hashes: Sequence[int],
+        candidates: Sequence[Candidate],
+        views: list[WorkerView],
+        prefixes: list[TierCounts],
+        all_parts: list[RawParts],
+        longest: int,
+        sources: list[tuple[float, WorkerId]],
+    ) -> None:
+        """`sources`: backlog and name of the peers that hold the `longest` prefix."""
+        self._hashes = hashes
+        self._candidates = candidates
+        self._views = views
+        self._prefixes = prefixes
+        self._parts = all_parts
+        self._longest = longest
+        self._sources = sources
+        self._costs = list(map(cost_s, all_parts))
+
+    def keep(self, targets: Targets) -> bool:
+        """Leaves those that keep `targets`; whether there are any."""
+        for i, (view, parts) in enumerate(zip(self._views, self._parts, strict=True)):
+            if Parts(*parts).ttft_s > targets.ttft_s or view.tpot_s > targets.tpot_s:
+                self._costs[i] = math.inf
+        return min(self._costs) < math.inf
+
+    def best(self) -> Estimate:
+        return self._estimate(self._best())
+
+    def all(self) -> list[Estimate]:
+        """The best one first."""
+        best = self._best()
+        rest = [i for i in range(len(self._parts)) if i != best]
+        rest.sort(key=self._costs.__getitem__)
+        return [self._estimate(i) for i in (best, *rest)]
+
+    def _best(self) -> int:
+        limit = min(self._costs) + TIE_S
+        ties = [i for i, cost in enumerate(self._costs) if cost <= limit]
+        if len(ties) == 1:
+            return ties[0]
+        lacking = [(i, _lacking(self._hashes, self._prefixes[i])) for i in ties]
+        if all(block is None for _, block in lacking):
+            # Nothing new is stored, so there is nothing to agree on.
+            return min(ties, key=lambda i: (self._candidates[i].num_requests, i))
+        ranks = [(self._views[i].rank(block or 0), i) for i, block in lacking]
+        return max(ranks)[1]
+
+    def _estimate(self, i: int) -> Estimate:
+        parts = Parts(*self._parts[i])
+        fetch = None
+        if parts.num_fetched:
+            # The longest prefix that anybody holds ends where what is fetched ends.
+            _, peer = min(self._sources)
+            fetch = Fetch(peer, self._longest - parts.num_fetched, parts.num_fetched)
+        return Estimate(self._views[i].worker_id, self._prefixes[i], parts, fetch)
+
+
+def _lacking(hashes: Sequence[int], prefix: TierCounts) -> int | None:
+    """The first block of a prompt beyond what a worker holds, if there is one."""
     num_held = sum(prefix)
-    return hashes[num_held] if num_held < len(hashes) else 0
+    return hashes[num_held] if num_held < len(hashes) else None
 
 
 class _Credits:

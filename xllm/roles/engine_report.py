@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Protocol
 
 from xllm.engine.scheduler import StepPlan
 from xllm.engine.statistics import EngineStatistics
 from xllm.protocol import Epoch, Watermark, WorkerLoad
+from xllm.roles.load_report import make_load
 from xllm.roles.tier_report import collect_tiers, tiers_status
 from xllm.telemetry import Metrics
 
@@ -67,18 +69,11 @@ class EngineReport:
         metrics.num_preemptions.inc(now.num_preemptions - before.num_preemptions)
         collect_tiers(metrics, before, now)
 
-    def load(self, epoch: Epoch, watermarks: dict[str, Watermark]) -> WorkerLoad:
+    def load(
+        self, epoch: Epoch, watermarks: dict[str, Watermark], index_pending_blocks: int = 0
+    ) -> WorkerLoad:
         now = self._engine.statistics()
-        return WorkerLoad(
-            epoch=epoch,
-            waiting_requests_num=now.num_waiting,
-            running_requests_num=now.num_running,
-            waiting_tokens_num=now.waiting_tokens,
-            gpu_cache_usage_perc=round(now.cache_usage, 4),
-            prefill_tokens_per_s=round(now.prefill_tokens_per_s, 1),
-            decode_step_s=round(now.decode_step_s, 5),
-            watermarks=watermarks,
-        )
+        return make_load(now, epoch, watermarks, time.monotonic(), index_pending_blocks)
 
     async def log_status(self, period_s: float = STATUS_PERIOD_S) -> None:
         """One line per period in which the engine was busy, until cancelled."""

@@ -1,7 +1,7 @@
-"""Which worker runs a request. Pure: what is known goes in, a route comes out.
+"""Which worker runs a request, by load alone. Pure: what is known goes in, a route comes out.
 
 A policy sees the workers of one model that can take the request, and nothing else; who can is the
-registry's business. A policy that looks prompts up in the cache index is one more class here.
+registry's business. `car_policy.py` asks one of these, or weighs what each worker would cost.
 
 What a master knows of a worker's load is its last report, up to a second old, and what the master
 itself has sent and seen ending since then. Both are counted, not guessed: a report says how many
@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from xllm.errors import ConfigError
 from xllm.protocol import GenerateRequest, WorkerId, WorkerLoad
 
 
@@ -39,7 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes; what the worker is to fetch from whom will stand here, too."""
+    """Where a request goes."""
 
     worker_id: WorkerId
 
@@ -47,6 +46,10 @@ class Route:
 class Policy(Protocol):
     def route(self, request: GenerateRequest, candidates: Sequence[Candidate]) -> Route:
         """Chooses one of `candidates`: not empty, in the order of their ids."""
+        ...
+
+    def peek(self, request: GenerateRequest, candidates: Sequence[Candidate]) -> Route:
+        """What `route` would choose now; changes nothing."""
         ...
 
 
@@ -57,12 +60,16 @@ class RoundRobin:
         self._last: dict[str, WorkerId] = {}
 
     def route(self, request: GenerateRequest, candidates: Sequence[Candidate]) -> Route:
+        route = self.peek(request, candidates)
+        self._last[request.model_id] = route.worker_id
+        return route
+
+    def peek(self, request: GenerateRequest, candidates: Sequence[Candidate]) -> Route:
         last = self._last.get(request.model_id)
         chosen = candidates[0].worker_id
         if last is not None:
             after = (c.worker_id for c in candidates if c.worker_id > last)
             chosen = next(after, chosen)
-        self._last[request.model_id] = chosen
         return Route(chosen)
 
 
@@ -73,16 +80,16 @@ class LeastLoad:
         self._turn = RoundRobin()
 
     def route(self, request: GenerateRequest, candidates: Sequence[Candidate]) -> Route:
-        fewest = min(c.num_requests for c in candidates)
-        return self._turn.route(request, [c for c in candidates if c.num_requests == fewest])
+        return self._turn.route(request, _least_loaded(candidates))
+
+    def peek(self, request: GenerateRequest, candidates: Sequence[Candidate]) -> Route:
+        return self._turn.peek(request, _least_loaded(candidates))
+
+
+def _least_loaded(candidates: Sequence[Candidate]) -> list[Candidate]:
+    fewest = min(c.num_requests for c in candidates)
+    return [c for c in candidates if c.num_requests == fewest]
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {"RR": RoundRobin, "LEAST_LOAD": LeastLoad}
 """By the value of `--load_balance_policy`."""
-
-
-def make_policy(name: str) -> Policy:
-    """Raises: ConfigError."""
-    if name not in POLICIES:
-        raise ConfigError(f"--load_balance_policy={name}: expected one of {', '.join(POLICIES)}")
-    return POLICIES[name]()

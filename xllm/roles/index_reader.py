@@ -43,6 +43,10 @@ class IndexReader:
             tasks.create_task(self._work())
             tasks.create_task(self._resync())
 
+    def wake(self) -> None:
+        """The view was fed by somebody else."""
+        self._fed.set()
+
     async def _watch(self) -> None:
         async with aclosing(watch_prefix(self._client, self._keys.root)) as updates:
             async for update in updates:

@@ -7,20 +7,22 @@ thread, after it has bound its ports.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from xllm.cache.block_pool import BlockObserver
+from xllm.cache.peer_server import PeerServer
 from xllm.cache.tier import TierName
 from xllm.config import EngineConfig
 from xllm.engine.engine import Engine
-from xllm.engine.lower_tiers import LowerTiersFactory, check_memory
+from xllm.engine.lower_tiers import LowerTiersFactory, check_memory, peer_layout
 from xllm.engine.runner import Runner
 from xllm.engine.weights import weight_files
 from xllm.model_store import default_model_id, resolve_model
-from xllm.protocol import ModelCard
+from xllm.protocol import ModelCard, WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,25 @@ class LoadedModel:
     runner: Runner
     engine: Engine
 
+    def serve_blocks(self, worker_id: WorkerId, listening: socket.socket) -> PeerServer:
+        """Serves this worker's blocks to its peers on a bound socket, until it is closed: before
+        the engine stops. Only where the model was loaded with a `peer_id`."""
+        engine = self.engine
+        assert engine.tiers is not None
+        assert engine.tiers.lender is not None
+        layout = peer_layout(self.runner, engine.root)
+        server = PeerServer(worker_id, layout, engine.tiers.lender, engine.cache_lock)
+        server.start(listening)
+        return server
 
-def load_model(config: EngineConfig, observers: Mapping[TierName, BlockObserver]) -> LoadedModel:
+
+def load_model(
+    config: EngineConfig,
+    observers: Mapping[TierName, BlockObserver],
+    peer_id: WorkerId | None = None,
+) -> LoadedModel:
     """Finds or fetches the model, loads its weights, takes the memory of its cache, and says what
-    it takes.
+    it takes. `peer_id`: see `LowerTiersFactory`.
 
     Raises: ConfigError.
     """
@@ -68,5 +85,6 @@ def load_model(config: EngineConfig, observers: Mapping[TierName, BlockObserver]
         created=int(time.time()),
     )
     check_memory(runner)
-    engine = Engine(runner, LowerTiersFactory(runner, observers), observers.get(TierName.DEVICE))
+    factory = LowerTiersFactory(runner, observers, peer_id=peer_id)
+    engine = Engine(runner, factory, observers.get(TierName.DEVICE))
     return LoadedModel(folder, card, runner, engine)

@@ -25,13 +25,16 @@ from xllm.errors import EtcdUnavailable
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import MasterId, MasterInfo
 from xllm.reload import Reload
+from xllm.roles.car_policy import make_router
 from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_backend import ClusterBackend
-from xllm.roles.global_scheduler import make_policy
+from xllm.roles.cost_routing import Targets
+from xllm.roles.global_index import GlobalIndex
 from xllm.roles.guards import Guards
 from xllm.roles.http_server import serve
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort
+from xllm.roles.route_port import RoutePort
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer
 
@@ -45,7 +48,6 @@ async def run_master(config: MasterConfig, reload: Reload) -> None:
 
     Raises: ConfigError, EtcdUnavailable.
     """
-    policy = make_policy(config.load_balance_policy)
     keys = Keys(config.etcd.etcd_namespace)
     guards = Guards(config, reload)
     operator_host = guards.operator_host(config)
@@ -71,11 +73,26 @@ async def run_master(config: MasterConfig, reload: Reload) -> None:
         )
         tokenizer = await _load_tokenizer(config)
         cluster = Cluster(info.master_id, metrics)
-        backend = ClusterBackend(cluster.registry, policy, metrics, tokenizer, config.routing)
+        global_index = GlobalIndex(keys, cluster.registry.answers, metrics)
+        cluster.registry.on_gone(global_index.forget)
+        router = make_router(
+            config.load_balance_policy,
+            global_index.index,
+            cluster.registry.cache_root,
+            time.monotonic,
+            Targets(config.routing.target_ttft / 1e3, config.routing.target_tpot / 1e3),
+        )
+        backend = ClusterBackend(cluster.registry, router, metrics, tokenizer, config.routing)
+        route_port = RoutePort(backend, config.load_balance_policy, config.api.max_body_size)
         operator = OperatorPort(
-            metrics, is_ready=lambda: bool(backend.model_cards()), key=guards.operator_key
+            metrics,
+            is_ready=lambda: bool(backend.model_cards()),
+            routes=route_port.routes,
+            max_body_bytes=config.api.max_body_size,
+            key=guards.operator_key,
         )
         operator.add_collector(cluster.collect)
+        operator.add_collector(global_index.collect)
         tls = None if guards.tls is None else guards.tls.for_clients()
         await stack.enter_async_context(serve(operator.runner(), operator_socket, tls))
 
@@ -102,6 +119,7 @@ async def run_master(config: MasterConfig, reload: Reload) -> None:
         metrics.lease_epochs.inc()
         tasks.create_task(Election(session, keys.leader, info.master_id.encode()).run())
         tasks.create_task(backend.fetch_tokenizers(cluster.changed))
+        tasks.create_task(global_index.run(client))
         await cluster.follow(client, keys)
 
 

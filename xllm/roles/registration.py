@@ -1,4 +1,4 @@
-"""Workers that may serve one model together: they agree on weights and block size.
+"""Workers that may serve one model together: they agree on weights, dtype and block size.
 
 Workers with one model_id share the names of blocks, so a request may move between them. The first
 one to register sets what the others must have. A worker checks this before it registers, and once
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from xllm.cache.block_hash import CacheRoot
 from xllm.coordination import KeyValue
 from xllm.protocol import WorkerId, WorkerInfo
 
@@ -24,29 +25,41 @@ logger = logging.getLogger(__name__)
 class CacheGroup:
     """What workers of one model have in common, and who set it."""
 
-    fingerprint: str
-    block_size: int
+    root: CacheRoot
     first: WorkerId
 
     @classmethod
     def of(cls, info: WorkerInfo) -> CacheGroup:
-        return cls(info.fingerprint, info.block_size, info.worker_id)
+        return cls(cache_root(info), info.worker_id)
 
     def refusal(self, info: WorkerInfo) -> str:
         """Why `info` cannot join; empty if it can."""
         model_id = info.model.model_id
-        if info.fingerprint != self.fingerprint:
+        root = self.root
+        if info.fingerprint != root.fingerprint:
             return (
                 f"worker {self.first} serves model_id {model_id} with other weights "
-                f"({self.fingerprint[:8]}, not {info.fingerprint[:8]}): "
+                f"({root.fingerprint[:8]}, not {info.fingerprint[:8]}): "
                 "give one of the models another --model_id"
             )
-        if info.block_size != self.block_size:
+        if info.block_size != root.block_size:
             return (
                 f"worker {self.first} serves model_id {model_id} with "
-                f"--block_size={self.block_size}, not {info.block_size}: use the same"
+                f"--block_size={root.block_size}, not {info.block_size}: use the same"
+            )
+        if info.kv_dtype != root.kv_dtype:
+            return (
+                f"worker {self.first} serves model_id {model_id} with "
+                f"--dtype={root.kv_dtype}, not {info.kv_dtype}: use the same"
             )
         return ""
+
+
+def cache_root(info: WorkerInfo) -> CacheRoot:
+    """What a worker's names of blocks begin with: `Engine.root`."""
+    return CacheRoot(
+        fingerprint=info.fingerprint, kv_dtype=info.kv_dtype, block_size=info.block_size
+    )
 
 
 def decode_worker(kv: KeyValue) -> WorkerInfo | None:

@@ -9,8 +9,8 @@ Only etcd adds a worker; etcd and its stream together remove it:
 A lease may be gone while its worker runs on (a pause, an etcd that came back empty), so a worker
 whose stream answers stays. READY workers get requests; SUSPECT ones only while no other is READY.
 
-Of the workers of one model the first sets weights and block size for as long as any that agrees
-with it is here; one that does not agree is REFUSED, and has no stream.
+Of the workers of one model the first sets weights, dtype and block size for as long as any that
+agrees with it is here; one that does not agree is REFUSED, and has no stream.
 
 Everything here is synchronous. Whoever feeds the registry runs the streams that `streams()` names,
 and ends those that it does not name any more.
@@ -20,17 +20,18 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
+from xllm.cache.block_hash import CacheRoot
 from xllm.coordination import PUT, Change, KeyValue, Snapshot
 from xllm.errors import NoWorker, UnknownModel
 from xllm.protocol import ModelCard, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.roles.global_scheduler import Candidate
-from xllm.roles.registration import CacheGroup, decode_worker
+from xllm.roles.registration import CacheGroup, cache_root, decode_worker
 from xllm.roles.stream_client import StreamState
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class StreamView(Protocol):
     @property
     def draining(self) -> bool: ...
     def unreported(self, load: WorkerLoad | None) -> int: ...
+    def unacknowledged(self, load: WorkerLoad) -> int: ...
     def expect(self, info: WorkerInfo) -> None: ...
 
 
@@ -97,6 +99,20 @@ class Registry(Generic[StreamT]):
         self._loads: dict[WorkerId, WorkerLoad] = {}
         self._groups: dict[str, CacheGroup] = {}
         """By model_id, of every model that was ever here: that it is away is not a typo."""
+        self._by_model: dict[str, list[Member[StreamT]]] = {}
+        """In the order of their ids; empty when etcd or a stream has said something."""
+        self._block_addresses: dict[str, Mapping[WorkerId, str]] = {}
+        """By model_id, likewise."""
+        self._on_report: Callable[[WorkerInfo, WorkerLoad, int], None] = lambda *_: None
+        self._on_gone: list[Callable[[WorkerId], None]] = []
+
+    def on_report(self, listen: Callable[[WorkerInfo, WorkerLoad, int], None]) -> None:
+        """`listen` gets each load report, and how many requests were sent after it."""
+        self._on_report = listen
+
+    def on_gone(self, listen: Callable[[WorkerId], None]) -> None:
+        """`listen` is told of each worker that is not known any more."""
+        self._on_gone.append(listen)
 
     # What etcd and the streams say
 
@@ -129,21 +145,23 @@ class Registry(Generic[StreamT]):
                     self._loads[worker_id] = msgspec.json.decode(change.kv.value, type=WorkerLoad)
                 except msgspec.MsgspecError as error:
                     logger.warning("bad_load key=%s error=%r", change.kv.key, str(error))
+                self._report(self._members.get(worker_id))
 
     def settle(self) -> None:
         """Drops who is gone and groups the others; to be called when a stream has changed."""
+        self._by_model.clear()
+        self._block_addresses.clear()
         for worker_id, member in list(self._members.items()):
             gone = (MemberState.CONNECTING, MemberState.REFUSED)
             if not member.registered and member.state in gone:
                 del self._members[worker_id]
                 logger.info("worker_removed worker_id=%s", worker_id)
-        served = {(m.model_id, m.info.fingerprint, m.info.block_size) for m in self}
+                for listen in self._on_gone:
+                    listen(worker_id)
+        served = {(member.model_id, cache_root(member.info)) for member in self}
         for member in sorted(self, key=lambda member: member.since):
             group = self._groups.get(member.model_id)
-            if (
-                group is None
-                or (member.model_id, group.fingerprint, group.block_size) not in served
-            ):
+            if group is None or (member.model_id, group.root) not in served:
                 group = self._groups[member.model_id] = CacheGroup.of(member.info)
             self._admit(member, group)
 
@@ -178,6 +196,15 @@ class Registry(Generic[StreamT]):
             member.stream = None
         elif member.stream is None:
             member.stream = self._make_stream(member.info)
+            self._report(member)
+
+    def _report(self, member: Member[StreamT] | None) -> None:
+        """Passes on the last report, as soon as there is both that and the worker."""
+        if member is None or member.stream is None:
+            return
+        load = self._loads.get(member.info.worker_id)
+        if load is not None:
+            self._on_report(member.info, load, member.stream.unacknowledged(load))
 
     # What the rest of the master asks
 
@@ -212,14 +239,17 @@ class Registry(Generic[StreamT]):
 
         Raises: UnknownModel, NoWorker.
         """
-        members = [
-            member
-            for member in self._usable()
-            if member.model_id == model_id and member.info.worker_id not in excluded
-        ]
-        ready = [member for member in members if member.state is MemberState.READY]
-        if members:
-            return sorted(ready or members, key=lambda member: member.info.worker_id)
+        ready, suspect = [], []
+        for member in self._of_model(model_id):
+            if excluded and member.info.worker_id in excluded:
+                continue
+            state = member.state
+            if state is MemberState.READY:
+                ready.append(member)
+            elif state is MemberState.SUSPECT:
+                suspect.append(member)
+        if ready or suspect:
+            return ready or suspect
         if model_id in self._groups or not self._groups:
             raise NoWorker("no worker can serve at the moment; try again", retry_after_s=1)
         raise UnknownModel(f"no worker serves the model {model_id!r}", param="model")
@@ -235,6 +265,36 @@ class Registry(Generic[StreamT]):
             unreported = member.stream.unreported(load)
             candidates.append(Candidate(member.info.worker_id, load, unreported))
         return candidates
+
+    def cache_root(self, model_id: str) -> CacheRoot:
+        """What the blocks of a model that was ever here are named by."""
+        return self._groups[model_id].root
+
+    def block_addresses(self, model_id: str) -> Mapping[WorkerId, str]:
+        """Where those of the model's workers that answer serve blocks to others."""
+        addresses = self._block_addresses.get(model_id)
+        if addresses is None:
+            addresses = self._block_addresses[model_id] = {
+                member.info.worker_id: member.info.block_address
+                for member in self._usable()
+                if member.model_id == model_id and member.info.block_address
+            }
+        return addresses
+
+    def _of_model(self, model_id: str) -> list[Member[StreamT]]:
+        members = self._by_model.get(model_id)
+        if members is None:
+            members = [member for member in self if member.model_id == model_id]
+            members.sort(key=lambda member: member.info.worker_id)
+            self._by_model[model_id] = members
+        return members
+
+    def answers(self, worker_id: WorkerId) -> bool:
+        """Whether there is a connection to the worker, whatever etcd says of it."""
+        member = self._members.get(worker_id)
+        if member is None or member.stream is None:
+            return False
+        return member.stream.state is not StreamState.CONNECTING
 
     def stream(self, worker_id: WorkerId) -> StreamT:
         """The stream of one of the `candidates`."""

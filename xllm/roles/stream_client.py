@@ -101,6 +101,13 @@ class WorkerStream:
             received, ended = watermark.received, watermark.ended
         return max(0, self.num_sent - received) - max(0, self.num_ended - ended)
 
+    def unacknowledged(self, load: WorkerLoad) -> int:
+        """How many of this master's requests the worker had not received when it reported."""
+        watermark = load.watermarks.get(self.master_id)
+        if watermark is None or watermark.session != self.session:
+            return self.num_sent
+        return max(0, self.num_sent - watermark.received)
+
     def submit(self, request: GenerateRequest, listener: Listener) -> StreamRequest:
         """Sends one attempt. (request_id, attempt, sample index) must not be open here.
 

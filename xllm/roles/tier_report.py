@@ -64,7 +64,13 @@ def tiers_status(before: EngineStatistics, now: EngineStatistics) -> str:
             stored -= before.tiers.blocks_stored[tier]
         usage = table.num_ready / table.num_slots
         text += f" {tier}_usage={usage:.0%} {tier}_loaded={loaded} {tier}_stored={stored}"
+    if now.tiers.peers is not None:
+        text += f" peers_loaded={_loaded_from_peers(now) - _loaded_from_peers(before)}"
     return text
+
+
+def _loaded_from_peers(statistics: EngineStatistics) -> int:
+    return 0 if statistics.tiers is None else statistics.tiers.blocks_loaded[TierName.REMOTE]
 
 
 def _collect_lower(metrics: Metrics, before: TiersStatistics | None, now: TiersStatistics) -> None:
@@ -72,6 +78,7 @@ def _collect_lower(metrics: Metrics, before: TiersStatistics | None, now: TiersS
         table = now.tables.get(tier)
         metrics.tier_blocks.labels(tier).set(0 if table is None else table.num_slots)
         metrics.tier_blocks_used.labels(tier).set(0 if table is None else table.num_ready)
+    metrics.peers_avoided.set(now.num_peers_avoided)
     counted: Iterable[float] = (
         repeat(0.0) if before is None else (value for _, value in _counts(metrics, before))
     )
@@ -99,3 +106,16 @@ def _counts(metrics: Metrics, tiers: TiersStatistics) -> Iterator[tuple[Counter,
     yield metrics.tier_checksum_failures, tiers.loads.num_corrupt
     yield metrics.tier_stores_dropped, tiers.stores.num_dropped + tiers.stores.num_torn
     yield metrics.tier_detachments, tiers.num_detachments
+    if tiers.peers is not None:
+        yield metrics.tier_promotions.labels(TierName.REMOTE), tiers.blocks_loaded[TierName.REMOTE]
+        transfer = f"from_{TierName.REMOTE}"
+        yield metrics.tier_transfer_bytes.labels(transfer), tiers.load_bytes[TierName.REMOTE]
+        yield metrics.tier_transfer_seconds.labels(transfer), tiers.load_seconds[TierName.REMOTE]
+        yield metrics.peer_failures, tiers.peers.num_failures
+        yield metrics.peer_blocks_absent, tiers.peers.num_absent
+        yield metrics.peer_blocks_corrupt, tiers.peers.num_corrupt
+    if tiers.lent is not None:
+        for tier, num_blocks in tiers.lent.served.items():
+            yield metrics.peer_served_blocks.labels(tier), num_blocks
+            yield metrics.peer_served_bytes.labels(tier), num_blocks * tiers.block_bytes
+        yield metrics.peer_serve_misses, tiers.lent.num_missed

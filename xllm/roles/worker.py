@@ -28,6 +28,7 @@ from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.reload import Reload
 from xllm.roles.cache_port import CachePort
+from xllm.roles.cache_upload import CacheUpload
 from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.guards import Guards
 from xllm.roles.http_server import serve
@@ -62,8 +63,9 @@ async def run_worker(config: WorkerConfig, reload: Reload) -> None:
         contextlib.closing(
             listen(guards.operator_host(config), config.rpc_server_port, flag="rpc_server_port")
         ) as operator_socket,
+        _listen_for_peers(config) as block_socket,
     ):
-        worker = _Worker(config, guards, main_socket, operator_socket)
+        worker = _Worker(config, guards, main_socket, operator_socket, block_socket)
         try:
             async with (
                 serve(worker.operator.runner(), operator_socket, worker.client_tls),
@@ -78,13 +80,25 @@ async def run_worker(config: WorkerConfig, reload: Reload) -> None:
             logger.info("worker_drained")
 
 
-def _load_model(config: EngineConfig, metrics: Metrics) -> LoadedModel:
+def _listen_for_peers(
+    config: WorkerConfig,
+) -> contextlib.AbstractContextManager[socket.socket | None]:
+    """None: there are no peers. Raises: ConfigError."""
+    has_peers = config.enable_service_routing and config.enable_peer_fetch
+    if not (has_peers and config.engine.enable_prefix_cache):
+        return contextlib.nullcontext()
+    return contextlib.closing(listen(config.net.host, config.block_port, flag="block_port"))
+
+
+def _load_model(
+    config: EngineConfig, metrics: Metrics, peer_id: WorkerId | None = None
+) -> LoadedModel:
     # Torch's threads sleep between its operations: the native kernels have threads of their own.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Only now, because it imports torch: see there.
     from xllm.roles.loading import load_model
 
-    return load_model(config, block_observers(metrics))
+    return load_model(config, block_observers(metrics), peer_id)
 
 
 class _Worker:
@@ -94,12 +108,13 @@ class _Worker:
         guards: Guards,
         main_socket: socket.socket,
         operator_socket: socket.socket,
+        block_socket: socket.socket | None,
     ) -> None:
         routed = config.enable_service_routing
         self.config = config
         self.client_tls = None if guards.tls is None else guards.tls.for_clients()
         self._guards = guards
-        self.metrics = Metrics(api=not routed, cluster=routed)
+        self.metrics = Metrics(api=not routed, cluster=routed, routing=False)
         self.ready = False
         max_body_bytes = config.api.max_body_size
         self.cache_port = CachePort(max_body_bytes)
@@ -115,6 +130,8 @@ class _Worker:
         self._drain_asked_for = asyncio.Event()
         self._main_socket = main_socket
         self._operator_socket = operator_socket
+        self._block_socket = block_socket
+        """Where peers fetch blocks; None: there are none."""
 
     async def serve_masters(self, tasks: asyncio.TaskGroup) -> None:
         config = self.config
@@ -125,11 +142,20 @@ class _Worker:
             host = await advertised_host(config.net, client.addresses.split(","))
             worker_id = self._worker_id(host)
             await client.connect(ETCD_WAIT_S)
-            model = await asyncio.to_thread(_load_model, config.engine, self.metrics)
+            peer_id = None if self._block_socket is None else worker_id
+            model = await asyncio.to_thread(_load_model, config.engine, self.metrics, peer_id)
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
+            upload = None
+            if config.enable_cache_upload:
+                upload = CacheUpload(session, keys, worker_id, self.metrics)
+                model.engine.cache_news.listener = upload.hear
+                self.operator.add_collector(upload.collect)
             report = await stack.enter_async_context(self._run_engine(model, tasks))
+            if self._block_socket is not None:
+                blocks = model.serve_blocks(worker_id, self._block_socket)
+                stack.push_async_callback(asyncio.to_thread, blocks.close)
             tokenizer = await asyncio.to_thread(read_tokenizer_files, model.folder)
             server = StreamServer(worker_id, session.epoch, model.engine, tokenizer)
             await server.start(self._main_socket)
@@ -141,7 +167,8 @@ class _Worker:
                 return self._info(worker_id, epoch, host, model, state)
 
             def load(epoch: Epoch) -> WorkerLoad:
-                return report.load(epoch, server.watermarks())
+                pending = 0 if upload is None else upload.statistics().num_dirty
+                return report.load(epoch, server.watermarks(), pending)
 
             membership = WorkerMembership(session, keys, info, load, self.metrics)
             self.operator.add_collector(membership.collect)
@@ -150,6 +177,8 @@ class _Worker:
             await membership.join()
             try:
                 tasks.create_task(membership.publish_load())
+                if upload is not None:
+                    tasks.create_task(upload.run())
                 self.ready = True
                 logger.info("worker_ready worker_id=%s address=%s", worker_id, self._address(host))
                 tasks.create_task(model.engine.wait_closed())
@@ -241,6 +270,11 @@ class _Worker:
             epoch=epoch,
             address=self._address(host),
             operator_address=self._operator_address(host),
+            block_address=(
+                ""
+                if self._block_socket is None
+                else join_host_port(host, bound_port(self._block_socket))
+            ),
             model=model.card,
             fingerprint=runner.fingerprint,
             block_size=runner.block_size,

@@ -168,6 +168,7 @@ def _generate_requests(
             ),
             n=body.n or 1,
             salt=caller.salt(body.cache_salt or ""),
+            priority=body.priority or 0,
         )
         for i, prompt in enumerate(prompts)
     ]

@@ -114,6 +114,10 @@ class GenerationRequest(ApiModel):
         None, min_length=1, description="Requests share cached prefixes only under the same salt."
     )
 
+    priority: int | None = Field(
+        None, ge=_INT64_MIN, le=_INT64_MAX, description="Lower is more urgent; 0 if left out."
+    )
+
     @field_validator("stream_options")
     @classmethod
     def _check_stream(

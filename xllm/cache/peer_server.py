@@ -1,0 +1,298 @@
+"""Serves this worker's blocks to peers, on a thread of its own and of low priority.
+
+    accept ──> Hello, Welcome ──> Fetch: lend, read or hash what has to be, send, end ──> Fetch ..
+
+A connection is one task: what it has pinned is given back when it ends, however it ends. Each fetch
+is served in loans of a few MB, and `max_loans` of them are out at any time: they bound what is
+pinned and read ahead, whoever asks for how much. Everybody else waits in their sockets.
+
+The bytes leave with large `sendmsg` calls straight from the tiers' memory, without the
+interpreter's lock. Pins and lookups take the cache's lock, which the engine lets go whenever it
+computes; so a peer does not wait for a step of a long prompt to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from xllm.cache.block_hash import HASH_BYTES
+from xllm.cache.lender import Lender, LentBlock, Loan
+from xllm.cache.peer_wire import (
+    FETCH_HEADER_BYTES,
+    LENGTH_BYTES,
+    PEER_PROTOCOL_VERSION,
+    Goodbye,
+    PeerLayout,
+    Welcome,
+    WireError,
+    check_hello,
+    decode_fetch_header,
+    decode_hashes,
+    decode_hello,
+    encode_handshake,
+    encode_hit,
+    encode_miss,
+    handshake_bytes,
+)
+from xllm.cache.slab import aligned_buffer
+from xllm.cache.slab_format import Buffer, checksum_of
+from xllm.cache.tier import TierName
+from xllm.errors import TierIOError
+from xllm.protocol import BlockHash, WorkerId
+
+logger = logging.getLogger(__name__)
+
+SERVE_NICENESS = 10
+"""Beside a busy engine this gets about a tenth of a core: enough for a prompt of thousands of
+tokens within tenths of a second, little enough for steps to stay as long as they are."""
+
+_MAX_IOV = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeLimits:
+    max_connections: int = 256
+    max_loans: int = 4
+    """Out at a time, of `Lender.max_blocks` each."""
+    handshake_s: float = 5.0
+    idle_s: float = 180.0
+    """Without a fetch; longer than the other side keeps a connection that it does not use."""
+    frame_s: float = 5.0
+    """From the first byte of a fetch to its last."""
+    stalled_s: float = 5.0
+    """Without a byte sent while some are to be."""
+
+
+class PeerServer:
+    """`start` and `close` are for the owner's thread, everything else for the server's."""
+
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        layout: PeerLayout,
+        lender: Lender,
+        lock: contextlib.AbstractContextManager[object],
+        limits: ServeLimits | None = None,
+    ) -> None:
+        """`lock`: whoever has it may use the lender."""
+        self.worker_id = worker_id
+        self.layout = layout
+        self.limits = limits or ServeLimits()
+        self.num_connections = 0
+        self._lender = lender
+        self._lock = lock
+        self._thread: threading.Thread | None = None
+        self._loop = asyncio.SelectorEventLoop()
+        self._loans = asyncio.Semaphore(self.limits.max_loans)
+        self._disk = ThreadPoolExecutor(1, "peer-disk", initializer=_lower_priority)
+
+    def start(self, listening: socket.socket) -> None:
+        """Serves on a bound socket, which it owns from now on."""
+        listening.setblocking(False)
+        self._thread = threading.Thread(
+            target=self._run, args=(listening,), name="peer-serve", daemon=True
+        )
+        self._thread.start()
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Ends every connection and gives every pin back. Idempotent."""
+        if self._thread is None:
+            self._loop.close()
+        elif self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # it has just ended by itself
+                self._loop.call_soon_threadsafe(self._stop)
+            self._thread.join(timeout_s)
+
+    # ---- peer-serve thread ----
+
+    def _run(self, listening: socket.socket) -> None:
+        _lower_priority()
+        self._accepting = self._loop.create_task(self._accept(listening))
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                self._loop.run_until_complete(self._accepting)
+        except Exception:
+            logger.exception("peer_server_stopped")
+        finally:
+            listening.close()
+            self._disk.shutdown()
+            self._loop.close()
+
+    def _stop(self) -> None:
+        self._accepting.cancel()
+
+    async def _accept(self, listening: socket.socket) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                try:
+                    connected, _ = await self._loop.sock_accept(listening)
+                except OSError as error:
+                    # Out of file descriptors, most likely: it gets better when others end.
+                    logger.warning("peer_not_accepted error=%r", str(error))
+                    await asyncio.sleep(0.1)
+                    continue
+                tasks.create_task(self._serve(connected))
+
+    async def _serve(self, connected: socket.socket) -> None:
+        """One connection, to its end."""
+        self.num_connections += 1
+        reason = "closed"
+        with connected:
+            connected.setblocking(False)
+            try:
+                with contextlib.suppress(OSError):
+                    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self.num_connections > self.limits.max_connections:
+                    await self._send(connected, [encode_handshake(Goodbye("too many peers"))])
+                elif await self._shake_hands(connected):
+                    while await self._serve_fetch(connected):
+                        pass
+            except (OSError, WireError, TimeoutError) as error:
+                reason = str(error) or type(error).__name__
+            except Exception:
+                logger.exception("peer_connection_failed")  # one's end is not the others'
+            finally:
+                self.num_connections -= 1
+                logger.debug("peer_disconnected reason=%r", reason)
+
+    async def _shake_hands(self, connected: socket.socket) -> bool:
+        async with asyncio.timeout(self.limits.handshake_s):
+            header = await self._receive(connected, LENGTH_BYTES)
+            hello = decode_hello(await self._receive(connected, handshake_bytes(header)))
+        refusal = check_hello(hello, self.worker_id, self.layout)
+        if refusal:
+            logger.warning("peer_refused worker_id=%r reason=%r", hello.caller, refusal)
+            await self._send(connected, [encode_handshake(Goodbye(refusal))])
+            return False
+        welcome = Welcome(PEER_PROTOCOL_VERSION, self.worker_id)
+        await self._send(connected, [encode_handshake(welcome)])
+        logger.info("peer_connected worker_id=%r", hello.caller)
+        return True
+
+    async def _serve_fetch(self, connected: socket.socket) -> bool:
+        """False: the other side has closed the connection between two fetches."""
+        async with asyncio.timeout(self.limits.idle_s):
+            first = await self._loop.sock_recv(connected, 1)
+        if not first:
+            return False
+        async with asyncio.timeout(self.limits.frame_s):
+            header = first + await self._receive(connected, FETCH_HEADER_BYTES - 1)
+            fetch_id, count = decode_fetch_header(header)
+            hashes = decode_hashes(await self._receive(connected, count * HASH_BYTES))
+        step = self._lender.max_blocks
+        for start in range(0, count, step):
+            async with self._loans:
+                await self._serve_loan(connected, fetch_id, start, hashes[start : start + step])
+        return True
+
+    async def _serve_loan(
+        self, connected: socket.socket, fetch_id: int, start: int, hashes: Sequence[BlockHash]
+    ) -> None:
+        with self._lock:
+            loan = self._lender.lend(hashes)
+        try:
+            if loan.attachment is not None:
+                # To its end, whatever happens to the connection: it reads what is pinned.
+                reading = self._loop.run_in_executor(self._disk, self._read, loan)
+                await _to_its_end(reading)
+            buffers: list[bytes | Buffer] = []
+            for index, block in enumerate(loan.blocks, start):
+                if block is None or block.payload is None or block.is_damaged:
+                    buffers.append(encode_miss(fetch_id, index))
+                    continue
+                if block.checksum is None:
+                    block.checksum = checksum_of(block.payload)
+                num_bytes = self.layout.block_bytes
+                buffers += (encode_hit(fetch_id, index, num_bytes, block.checksum), block.payload)
+                loan.num_sent[block.tier] = loan.num_sent.get(block.tier, 0) + 1
+            await self._send(connected, buffers)
+        except BaseException:
+            loan.num_sent.clear()
+            raise
+        finally:
+            with self._lock:
+                self._lender.end(loan)
+
+    def _read(self, loan: Loan) -> None:
+        """On a thread for the disk: completes the loan's blocks that are there."""
+        attachment = loan.attachment
+        assert attachment is not None
+        blocks: list[LentBlock] = [
+            block for block in loan.blocks if block is not None and block.tier is TierName.DISK
+        ]
+        stride = attachment.slot_stride
+        scratch = aligned_buffer(stride * len(blocks))
+        targets = [scratch[at : at + stride] for at in range(0, scratch.nbytes, stride)]
+        checksums = [block.checksum for block in blocks if block.checksum is not None]
+        try:
+            sound = attachment.read_blocks([block.slot for block in blocks], targets, checksums)
+        except TierIOError as error:
+            loan.error = error
+            return
+        for block, target, is_sound in zip(blocks, targets, sound, strict=True):
+            block.payload = target[: self.layout.block_bytes]
+            block.is_damaged = not is_sound
+
+    async def _receive(self, connected: socket.socket, num_bytes: int) -> bytes:
+        """Exactly so many. Raises: WireError if the other side closes before."""
+        received = b""
+        while len(received) < num_bytes:
+            part = await self._loop.sock_recv(connected, num_bytes - len(received))
+            if not part:
+                raise WireError("closed in the middle of a message")
+            received += part
+        return received
+
+    async def _send(self, connected: socket.socket, buffers: Sequence[bytes | Buffer]) -> None:
+        """All of it. Raises: TimeoutError if the other side does not read, OSError."""
+        views = [
+            memoryview(buffer) if isinstance(buffer, bytes) else buffer.data for buffer in buffers
+        ]
+        first = 0
+        while first < len(views):
+            try:
+                num_sent = connected.sendmsg(views[first : first + _MAX_IOV])
+            except (BlockingIOError, InterruptedError):
+                await self._until_writable(connected)
+                continue
+            while first < len(views) and num_sent >= views[first].nbytes:
+                num_sent -= views[first].nbytes
+                first += 1
+            if num_sent:
+                views[first] = views[first][num_sent:]
+                # Others' turn, and the kernel's: it takes more when the other side has read.
+                await self._until_writable(connected)
+
+    async def _until_writable(self, connected: socket.socket) -> None:
+        writable = self._loop.create_future()
+        self._loop.add_writer(
+            connected, lambda: None if writable.done() else writable.set_result(None)
+        )
+        try:
+            async with asyncio.timeout(self.limits.stalled_s):
+                await writable
+        finally:
+            self._loop.remove_writer(connected)
+
+
+async def _to_its_end(work: asyncio.Future[None]) -> None:
+    """Waits even when it is cancelled, which comes through afterwards."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
+
+
+def _lower_priority() -> None:
+    if sys.platform == "linux":  # where threads have a priority each
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SERVE_NICENESS)

@@ -1,0 +1,223 @@
+"""What workers say to each other when one fetches blocks of another. Pure.
+
+The fetching side connects and speaks first. The handshake is two frames, u32 LE length and one
+msgpack message each:
+
+    fetching                                  serving
+      Hello(version, ids, layout)  ──────>
+                                   <──────    Welcome(version, id), or Goodbye(reason)
+
+From then on everything has a fixed form, little-endian, and is answered in the order asked:
+
+    Fetch     u32 fetch id, u32 number of hashes, then 16 bytes for each
+    block     u32 fetch id, u32 index in the fetch, u32 status, u32 payload length,
+              16 bytes checksum, then the payload
+
+A block's payload is `block_bytes` long, or empty where the block could not be had. Layouts that
+differ in anything never get past the handshake: a block's name already covers model, dtype and
+block size, and the handshake checks them once more.
+
+Whatever arrives is checked before anything is kept or allocated for it, and anything unexpected is
+a `WireError`, which ends the connection. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import msgspec
+
+from xllm.cache.block_hash import HASH_BYTES
+from xllm.errors import PeerUnavailable
+from xllm.protocol import BlockHash, WorkerId
+
+PEER_PROTOCOL_VERSION = 1
+
+MAX_HANDSHAKE_BYTES = 4096
+MAX_FETCH_BLOCKS = 512
+"""Of one Fetch: bounds what the serving side reads and pins for it."""
+
+_LENGTH: Final = struct.Struct("<I")
+_FETCH: Final = struct.Struct("<II")
+_BLOCK: Final = struct.Struct("<IIII16s")
+
+LENGTH_BYTES = _LENGTH.size
+FETCH_HEADER_BYTES = _FETCH.size
+BLOCK_HEADER_BYTES = _BLOCK.size
+
+
+class WireError(PeerUnavailable):
+    """The other side does not speak this protocol, or is not who it should be."""
+
+
+class PeerLayout(msgspec.Struct, frozen=True, array_like=True):
+    """What both sides must have in common for a block to mean the same."""
+
+    root: bytes
+    """`CacheRoot.hash("")`: covers all of the following but `block_bytes`."""
+    fingerprint: str
+    kv_dtype: str
+    block_size: int
+    block_bytes: int
+
+    def difference(self, other: PeerLayout) -> str:
+        """Why blocks of `other` are of no use here; empty if they are."""
+        for field in self.__struct_fields__:
+            own, others = getattr(self, field), getattr(other, field)
+            if own != others:
+                return f"{field} is {_shown(own)} here, not {_shown(others)}"
+        return ""
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
+    """Who is calling, and whom it expects to reach."""
+
+    protocol_version: int
+    caller: WorkerId
+    """For the log."""
+    callee: WorkerId
+    layout: PeerLayout
+    proof: bytes = b""
+    """A place for proof that the caller belongs to the cluster; not looked at yet."""
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    protocol_version: int
+    callee: WorkerId
+
+
+class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """The serving side will not serve: why. Nothing follows."""
+
+    reason: str
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_hello: Final = msgspec.msgpack.Decoder(Hello)
+_answer: Final[msgspec.msgpack.Decoder[Welcome | Goodbye]] = msgspec.msgpack.Decoder(
+    Welcome | Goodbye
+)
+
+
+def encode_handshake(message: Hello | Welcome | Goodbye) -> bytes:
+    """One frame."""
+    body = _encoder.encode(message)
+    assert len(body) <= MAX_HANDSHAKE_BYTES
+    return _LENGTH.pack(len(body)) + body
+
+
+def handshake_bytes(header: bytes | memoryview) -> int:
+    """How many bytes follow a handshake frame's length. Raises: WireError."""
+    (num_bytes,) = _LENGTH.unpack(header)
+    if not 0 < num_bytes <= MAX_HANDSHAKE_BYTES:
+        raise WireError(f"a handshake of {num_bytes} bytes")
+    return int(num_bytes)
+
+
+def decode_hello(body: bytes | memoryview) -> Hello:
+    """Raises: WireError."""
+    try:
+        return _hello.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"not a handshake: {error}") from error
+
+
+def decode_answer(body: bytes | memoryview) -> Welcome | Goodbye:
+    """Raises: WireError."""
+    try:
+        return _answer.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"not an answer to a handshake: {error}") from error
+
+
+def check_hello(hello: Hello, worker_id: WorkerId, layout: PeerLayout) -> str:
+    """Why the serving side refuses; empty if it does not. Until it has said Welcome it serves
+    nothing: a check of `proof` belongs here."""
+    if hello.protocol_version != PEER_PROTOCOL_VERSION:
+        return (
+            f"peer protocol {hello.protocol_version} is not {PEER_PROTOCOL_VERSION}: "
+            "run the same version of xllm on both"
+        )
+    if hello.callee != worker_id:
+        return f"this is worker {worker_id}, not {hello.callee}"
+    return layout.difference(hello.layout)
+
+
+def encode_fetch(fetch_id: int, hashes: Sequence[BlockHash]) -> bytes:
+    assert 0 < len(hashes) <= MAX_FETCH_BLOCKS
+    return _FETCH.pack(fetch_id, len(hashes)) + b"".join(hashes)
+
+
+def decode_fetch_header(header: bytes | memoryview) -> tuple[int, int]:
+    """-> fetch id, number of hashes. Raises: WireError."""
+    fetch_id, count = _FETCH.unpack(header)
+    if not 0 < count <= MAX_FETCH_BLOCKS:
+        raise WireError(f"a fetch of {count} blocks")
+    return fetch_id, count
+
+
+def decode_hashes(body: bytes) -> list[BlockHash]:
+    """body: 16 bytes for each hash."""
+    return [
+        BlockHash(body[start : start + HASH_BYTES]) for start in range(0, len(body), HASH_BYTES)
+    ]
+
+
+class BlockStatus(enum.IntEnum):
+    HIT = 0
+    MISS = 1
+
+
+class BlockHeader(NamedTuple):
+    fetch_id: int
+    position: int
+    status: int
+    """`BlockStatus`, unless it is garbage."""
+    num_bytes: int
+    checksum: bytes
+
+
+def encode_hit(fetch_id: int, index: int, num_bytes: int, checksum: bytes) -> bytes:
+    return _BLOCK.pack(fetch_id, index, BlockStatus.HIT, num_bytes, checksum)
+
+
+def encode_miss(fetch_id: int, index: int) -> bytes:
+    return _BLOCK.pack(fetch_id, index, BlockStatus.MISS, 0, bytes(16))
+
+
+@dataclass(slots=True)
+class ExpectedBlocks:
+    """The blocks of one fetch that have not come yet, in order: what a header may say."""
+
+    fetch_id: int
+    num_blocks: int
+    block_bytes: int
+    next_index: int = 0
+
+    def check(self, header: bytes | memoryview) -> BlockHeader:
+        """Takes the header of the next block. Raises: WireError if it is not that."""
+        found = BlockHeader._make(_BLOCK.unpack(header))
+        if (found.fetch_id, found.position) != (self.fetch_id, self.next_index):
+            raise WireError(
+                f"block {found.position} of fetch {found.fetch_id} came instead of block "
+                f"{self.next_index} of fetch {self.fetch_id}"
+            )
+        wanted = {BlockStatus.HIT: self.block_bytes, BlockStatus.MISS: 0}.get(
+            found.status  # type: ignore[call-overload]
+        )
+        if found.num_bytes != wanted:
+            raise WireError(f"a block of status {found.status} with {found.num_bytes} bytes")
+        self.next_index += 1
+        return found
+
+    @property
+    def is_complete(self) -> bool:
+        return self.next_index == self.num_blocks
+
+
+def _shown(value: object) -> str:
+    return value.hex()[:8] if isinstance(value, bytes) else str(value)

@@ -83,7 +83,9 @@ async def run_master(config: MasterConfig, reload: Reload) -> None:
             Targets(config.routing.target_ttft / 1e3, config.routing.target_tpot / 1e3),
         )
         backend = ClusterBackend(cluster.registry, router, metrics, tokenizer, config.routing)
-        route_port = RoutePort(backend, config.load_balance_policy, config.api.max_body_size)
+        route_port = RoutePort(
+            backend, config.load_balance_policy, config.api.max_body_size, guards.secret
+        )
         operator = OperatorPort(
             metrics,
             is_ready=lambda: bool(backend.model_cards()),

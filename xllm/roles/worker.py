@@ -117,7 +117,7 @@ class _Worker:
         self.metrics = Metrics(api=not routed, cluster=routed, routing=False)
         self.ready = False
         max_body_bytes = config.api.max_body_size
-        self.cache_port = CachePort(max_body_bytes)
+        self.cache_port = CachePort(max_body_bytes, guards.secret)
         self.operator = OperatorPort(
             self.metrics,
             lambda: self.ready,

@@ -90,6 +90,20 @@ class RoutingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """What the leader allows workers and itself in etcd."""
+
+    max_upload_puts_per_s: int = 1000
+    """Of all workers together, load reports included."""
+    max_upload_bytes_per_s: int = 10_000_000
+    max_index_blocks: int = 4_000_000
+    """Of all workers together, counted once per worker and tier: what each master has memory for.
+    """
+    etcd_compact: bool = False
+    """Compact an etcd that is not our own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MasterConfig:
     etcd: EtcdConfig = field(default_factory=EtcdConfig)
     net: HostConfig = field(default_factory=HostConfig)
@@ -97,6 +111,7 @@ class MasterConfig:
     api: ApiConfig = field(default_factory=ApiConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
     http_server_port: int = 8888
     rpc_server_port: int = 8889
     """Operators: health, metrics, admin. On loopback unless `--host` says otherwise."""

@@ -15,6 +15,7 @@ from xllm.config import (
     EngineConfig,
     EtcdConfig,
     HostConfig,
+    IndexConfig,
     LogConfig,
     MasterConfig,
     RoutingConfig,
@@ -230,6 +231,38 @@ BOTH_CONCERNS: tuple[Concern, ...] = (
     ),
 )
 
+_INDEX_CONCERN = Concern(
+    "the index of all caches, in etcd",
+    (
+        Flag(
+            IndexConfig,
+            "max_upload_puts_per_s",
+            integer("PUTS", 10),
+            "What all workers together may write to etcd, load reports included.",
+        ),
+        Flag(
+            IndexConfig,
+            "max_upload_bytes_per_s",
+            SIZE,
+            "Likewise, in bytes.",
+        ),
+        Flag(
+            IndexConfig,
+            "max_index_blocks",
+            integer("BLOCKS", 1000),
+            "Of more blocks, counted once per worker and tier, the most used are published: each"
+            " takes some 250 bytes on every master.",
+        ),
+        Flag(
+            IndexConfig,
+            "etcd_compact",
+            BOOLEAN,
+            "Compact the history of an etcd that no master has started, every 10 s. Without it,"
+            " somebody else has to, or etcd fills up.",
+        ),
+    ),
+)
+
 MASTER_CONCERNS: tuple[Concern, ...] = (
     Concern(
         "ports",
@@ -295,6 +328,7 @@ MASTER_CONCERNS: tuple[Concern, ...] = (
             ),
         ),
     ),
+    _INDEX_CONCERN,
 )
 
 WORKER_CONCERNS: tuple[Concern, ...] = (

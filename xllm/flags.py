@@ -21,6 +21,7 @@ from xllm.config import (
     EngineConfig,
     EtcdConfig,
     HostConfig,
+    IndexConfig,
     LogConfig,
     MasterConfig,
     RoutingConfig,
@@ -78,7 +79,9 @@ def parse_command_line(argv: Sequence[str]) -> MasterConfig | WorkerConfig | Ans
         "security": build(SecurityConfig),
     }
     if role == "master":
-        master: MasterConfig = build(MasterConfig, **shared, routing=build(RoutingConfig))
+        master: MasterConfig = build(
+            MasterConfig, **shared, routing=build(RoutingConfig), index=build(IndexConfig)
+        )
         check_security(master)
         return master
     worker: WorkerConfig = build(WorkerConfig, **shared, engine=build(EngineConfig))

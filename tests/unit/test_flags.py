@@ -11,6 +11,7 @@ from xllm.config import (
     EngineConfig,
     EtcdConfig,
     HostConfig,
+    IndexConfig,
     LogConfig,
     MasterConfig,
     RoutingConfig,
@@ -52,12 +53,12 @@ def test_without_flags_the_config_has_its_own_defaults() -> None:
 @pytest.mark.parametrize(
     ("role", "configs"),
     [
-        ("master", [MasterConfig, RoutingConfig, *BOTH]),
+        ("master", [MasterConfig, RoutingConfig, IndexConfig, *BOTH]),
         ("worker", [WorkerConfig, EngineConfig, *BOTH]),
     ],
 )
 def test_every_field_of_a_config_has_its_flag(role: str, configs: list[type]) -> None:
-    parts = {"etcd", "net", "log", "api", "engine", "routing", "security"}
+    parts = {"etcd", "net", "log", "api", "engine", "routing", "index", "security"}
     wanted = {
         (config, field.name)
         for config in configs

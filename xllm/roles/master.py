@@ -4,8 +4,7 @@
     serve     until cancelled
     stop      the API lets running requests end for a moment; then the lease is given back
 
-Any number of masters serve side by side. One is elected for what must be done once; so far there
-is nothing of that kind, so the leader only says that it leads.
+Any number of masters serve side by side. One is elected for what must be done once: `leader.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import time
 import msgspec
 
 from xllm.config import DEFAULT_ETCD_ADDR, EtcdConfig, MasterConfig
-from xllm.coordination import Election, EmbeddedEtcd, Keys, Session, ensure_etcd
+from xllm.coordination import EmbeddedEtcd, Keys, Session, ensure_etcd
 from xllm.coordination.endpoints import parse_endpoints
 from xllm.errors import EtcdUnavailable
 from xllm.net import advertised_host, bound_port, join_host_port, listen
@@ -27,10 +26,12 @@ from xllm.protocol import MasterId, MasterInfo
 from xllm.reload import Reload
 from xllm.roles.car_policy import make_router
 from xllm.roles.cluster import Cluster
+from xllm.roles.cluster_admin import ClusterAdmin
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.cost_routing import Targets
 from xllm.roles.global_index import GlobalIndex
 from xllm.roles.guards import Guards
+from xllm.roles.hot_prefix_duty import HotPrefixDuty
 from xllm.roles.http_server import serve
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort
@@ -82,19 +83,28 @@ async def run_master(config: MasterConfig, reload: Reload) -> None:
             time.monotonic,
             Targets(config.routing.target_ttft / 1e3, config.routing.target_tpot / 1e3),
         )
-        backend = ClusterBackend(cluster.registry, router, metrics, tokenizer, config.routing)
+        hot = HotPrefixDuty(global_index.index, router, cluster.registry, metrics, time.monotonic)
+        backend = ClusterBackend(
+            *(cluster.registry, router, metrics, tokenizer, config.routing), on_sent=hot.observe
+        )
         route_port = RoutePort(
-            backend, config.load_balance_policy, config.api.max_body_size, guards.secret
+            *(backend, config.load_balance_policy, config.api.max_body_size), guards.secret
+        )
+        admin = ClusterAdmin(
+            *(config, keys, info, backend, cluster.registry, global_index.index, metrics),
+            hot if config.routing.enable_peer_fetch else None,
+            guards.secret,
         )
         operator = OperatorPort(
             metrics,
             is_ready=lambda: bool(backend.model_cards()),
-            routes=route_port.routes,
+            routes=[*route_port.routes, *admin.routes],
             max_body_bytes=config.api.max_body_size,
             key=guards.operator_key,
         )
         operator.add_collector(cluster.collect)
         operator.add_collector(global_index.collect)
+        operator.add_collector(admin.collect)
         tls = None if guards.tls is None else guards.tls.for_clients()
         await stack.enter_async_context(serve(operator.runner(), operator_socket, tls))
 
@@ -119,7 +129,7 @@ async def run_master(config: MasterConfig, reload: Reload) -> None:
         tasks.create_task(session.run())
         await session.register(keys.master(info.master_id), msgspec.json.encode(info))
         metrics.lease_epochs.inc()
-        tasks.create_task(Election(session, keys.leader, info.master_id.encode()).run())
+        tasks.create_task(admin.run(session))
         tasks.create_task(backend.fetch_tokenizers(cluster.changed))
         tasks.create_task(global_index.run(client))
         await cluster.follow(client, keys)

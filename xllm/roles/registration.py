@@ -16,7 +16,7 @@ import msgspec
 
 from xllm.cache.block_hash import CacheRoot
 from xllm.coordination import KeyValue
-from xllm.protocol import WorkerId, WorkerInfo
+from xllm.protocol import MasterInfo, WorkerId, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,15 @@ def decode_worker(kv: KeyValue) -> WorkerInfo | None:
     """None, and a line in the log, for a value that is no registration."""
     try:
         return msgspec.json.decode(kv.value, type=WorkerInfo)
+    except msgspec.MsgspecError as error:
+        logger.warning("bad_registration key=%s error=%r", kv.key, str(error))
+        return None
+
+
+def decode_master(kv: KeyValue) -> MasterInfo | None:
+    """None, and a line in the log, for a value that is no registration."""
+    try:
+        return msgspec.json.decode(kv.value, type=MasterInfo)
     except msgspec.MsgspecError as error:
         logger.warning("bad_registration key=%s error=%r", kv.key, str(error))
         return None

@@ -38,6 +38,7 @@ from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort
 from xllm.roles.stream_server import StreamServer
 from xllm.roles.tier_report import block_observers
+from xllm.roles.worker_duties import run_duties
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer, read_tokenizer_files
 
@@ -176,9 +177,12 @@ class _Worker:
             tasks.create_task(session.run())
             await membership.join()
             try:
-                tasks.create_task(membership.publish_load())
-                if upload is not None:
-                    tasks.create_task(upload.run())
+                tasks.create_task(
+                    run_duties(
+                        *(session, keys, worker_id, membership, upload, model.engine),
+                        drain=self._begin_drain,
+                    )
+                )
                 self.ready = True
                 logger.info("worker_ready worker_id=%s address=%s", worker_id, self._address(host))
                 tasks.create_task(model.engine.wait_closed())

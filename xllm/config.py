@@ -20,6 +20,14 @@ class EtcdConfig:
     etcd_namespace: str = DEFAULT_NAMESPACE
     lease_ttl: float = 5.0
     """Seconds until a silent process is gone."""
+    etcd_ca: str | None = None
+    """Whose certificate etcd must have; None: a public authority's, where the address is https."""
+    etcd_cert: str | None = None
+    """Ours, for an etcd that asks for one; `etcd_key` goes with it."""
+    etcd_key: str | None = None
+    etcd_user: str | None = None
+    etcd_password_file: str | None = None
+    """None: the password is in the environment, as `XLLM_ETCD_PASSWORD`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +51,26 @@ class ApiConfig:
     max_concurrent_requests: int = 1024
     max_body_size: int = 16 << 20
     """Bytes."""
+    api_keys_file: str | None = None
+    """None: everybody may use the API."""
+    share_cache_across_keys: bool = False
+    requests_per_minute: int = 0
+    """Of each API key whose line does not say; 0: no limit. Likewise the next."""
+    tokens_per_minute: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    """What processes and operators prove to each other. Files are paths."""
+
+    cluster_secret_file: str | None = None
+    operator_key_file: str | None = None
+    operator_host: str | None = None
+    """What the operator port binds; None: `host` with an operator key, else loopback."""
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    """Who signs the certificates of this cluster's processes, and of nobody else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +90,28 @@ class RoutingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """What the leader allows workers and itself in etcd."""
+
+    max_upload_puts_per_s: int = 1000
+    """Of all workers together, load reports included."""
+    max_upload_bytes_per_s: int = 10_000_000
+    max_index_blocks: int = 4_000_000
+    """Of all workers together, counted once per worker and tier: what each master has memory for.
+    """
+    etcd_compact: bool = False
+    """Compact an etcd that is not our own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MasterConfig:
     etcd: EtcdConfig = field(default_factory=EtcdConfig)
     net: HostConfig = field(default_factory=HostConfig)
     log: LogConfig = field(default_factory=LogConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
     http_server_port: int = 8888
     rpc_server_port: int = 8889
     """Operators: health, metrics, admin. On loopback unless `--host` says otherwise."""
@@ -126,6 +170,7 @@ class WorkerConfig:
     log: LogConfig = field(default_factory=LogConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
     worker_id: str | None = None
     """None: advertised host:port."""
     port: int = 8010

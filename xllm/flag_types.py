@@ -194,3 +194,6 @@ MODEL = FlagType("FOLDER|ORG/NAME", _path)
 
 
 FOLDER = FlagType("FOLDER", lambda value: str(_expanded(_path(value))))
+
+
+FILE = FlagType("FILE", lambda value: str(_expanded(_path(value))))

@@ -11,7 +11,7 @@ worker can continue it, and a resubmission after a worker died is the same messa
 from __future__ import annotations
 
 import enum
-from typing import NewType
+from typing import Any, NewType, TypeVar
 
 import msgspec
 
@@ -36,6 +36,20 @@ PEER = "peer"
 
 TIER_NAMES = ("device", "host", "disk", "remote")
 """From fast to slow: `cache/tier.py` has them as an enum."""
+
+
+T = TypeVar("T")
+
+
+def decode_json(value: bytes, kind: type[T]) -> T:
+    """A value of etcd, whose fields that `kind` does not have are passed over.
+
+    Raises: ValueError, whatever is wrong with it.
+    """
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 class FinishReason(enum.StrEnum):
@@ -253,3 +267,76 @@ class MasterInfo(msgspec.Struct, frozen=True, kw_only=True):
     http_address: str
     operator_address: str
     started_at: float = 0.0
+
+
+class UploadShare(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one worker may write to etcd for the index, its load reports aside."""
+
+    puts_per_s: float
+    bytes_per_s: float
+    max_blocks: int = 0
+    """That it may publish, counted once per tier; 0: no limit."""
+
+
+class LeaderWord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the leader has decided for the cluster: the value of `leader`, on its lease."""
+
+    master_id: MasterId
+    share: UploadShare | None = None
+    """Of a worker that is not in `wanting`; None: not decided yet, everybody keeps what it has."""
+    wanting: list[WorkerId] = msgspec.field(default_factory=list)
+    """Workers with more to say than their share allows."""
+    wanting_share: UploadShare | None = None
+    """Of each of these."""
+    load_period_s: float = 1.0
+    """Between two load reports of a worker, at least."""
+
+    def share_of(self, worker_id: WorkerId) -> UploadShare | None:
+        return self.wanting_share if worker_id in self.wanting else self.share
+
+
+class CommandKind(enum.StrEnum):
+    LOOKUP = "lookup"
+    CLEAR = "clear"
+    PIN = "pin"
+    UNPIN = "unpin"
+    MOVE = "move"
+    DRAIN = "drain"
+
+
+class CommandState(enum.StrEnum):
+    PENDING = "pending"
+    RUNNING = "running"
+    """Claimed by its worker: it is executed at most once, whatever happens."""
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an operator wants of one worker: the value of `commands/{worker_id}/{command_id}`, on a
+    lease of its own. The worker writes its state and outcome into the same key."""
+
+    command_id: str
+    worker_id: WorkerId
+    epoch: Epoch
+    """The run of the worker that is meant; a later one does not execute it."""
+    kind: CommandKind
+    master_id: MasterId
+    created_at: float
+    """Unix seconds, as `ended_at`."""
+    tier: str | None = None
+    """Of clear; None: all tiers."""
+    blocks: bytes = b""
+    """Names of a prompt's full blocks, 16 bytes each: tokens do not go through etcd. In JSON this
+    is base64."""
+    ttl_s: float = 0.0
+    """Of pin."""
+    timeout_s: float | None = None
+    """Of drain; None: the worker's own."""
+    fetch: list[FetchRange] = msgspec.field(default_factory=list)
+    """Of move: from whom to get which of `blocks`."""
+    state: CommandState = CommandState.PENDING
+    outcome: dict[str, Any] = msgspec.field(default_factory=dict)
+    error: str = ""
+    """Why it FAILED."""
+    ended_at: float = 0.0

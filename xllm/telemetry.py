@@ -140,6 +140,7 @@ class Metrics:
         self._declare_cluster(self._registry if cluster else None)
         self._declare_routing(self._registry if routing else None)
         self._declare_index_upload(self._registry if engine and cluster else None)
+        self._declare_etcd_size(self._registry if routing else None)
 
     def render(self) -> bytes:
         """The exposition that Prometheus scrapes, of `METRICS_CONTENT_TYPE`."""
@@ -400,6 +401,9 @@ class Metrics:
         self.route_fetches = counter(
             "route_fetches", "Requests sent with blocks to fetch from another worker."
         )
+        self.hot_prefixes_assigned = counter(
+            "hot_prefixes_assigned", "Prefixes that a worker was told to fetch ahead of requests."
+        )
         self.ttft_estimate_error_seconds = Histogram(
             "xllm_ttft_estimate_error_seconds",
             "Measured time to first token less what was estimated, by worker that is here.",
@@ -407,6 +411,21 @@ class Metrics:
             buckets=_ERROR_BUCKETS_S,
             registry=registry,
         )
+
+    def _declare_etcd_size(self, registry: CollectorRegistry | None) -> None:
+        """What a master watches of etcd."""
+        self.etcd_db_bytes = Gauge(
+            "xllm_etcd_db_bytes",
+            "Size of etcd's file, which may not be over the quota.",
+            registry=registry,
+        )
+        self.etcd_db_in_use_bytes = Gauge(
+            "xllm_etcd_db_in_use_bytes", "What of it is in use.", registry=registry
+        )
+        self.etcd_quota_bytes = Gauge(
+            "xllm_etcd_quota_bytes", "etcd refuses writes beyond it.", registry=registry
+        )
+        self.is_leader = Gauge("xllm_is_leader", "1 on the master that leads.", registry=registry)
 
     def _declare_index_upload(self, registry: CollectorRegistry | None) -> None:
         """What a worker tells the cluster of its blocks."""

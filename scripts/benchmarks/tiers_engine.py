@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from xllm.engine.runner import Runner
 from xllm.engine.running_request import RunningRequest
 from xllm.engine.scheduler import StepPlan
 from xllm.errors import RequestError
-from xllm.protocol import GenerateRequest, SamplingParams, TokenDelta
+from xllm.protocol import FetchRange, GenerateRequest, SamplingParams, TokenDelta
 
 _generator = np.random.default_rng(0)
 
@@ -74,12 +74,14 @@ class BenchEngine:
             0 if statistics is None else sum(statistics.blocks_stored.values()) * self.block_bytes
         )
 
-    async def ttft(self, prompt: list[int], max_tokens: int = 1) -> Served:
+    async def ttft(
+        self, prompt: list[int], max_tokens: int = 1, fetch: Sequence[FetchRange] = ()
+    ) -> Served:
         """Serves a prompt to its end."""
         loaded = self._loaded()
         deltas: asyncio.Queue[TokenDelta | RequestError] = asyncio.Queue()
         started = time.perf_counter()
-        self._submit(prompt, max_tokens, deltas)
+        self._submit(prompt, max_tokens, deltas, fetch)
         first = delta = await _next(deltas)
         seconds = time.perf_counter() - started
         while delta.finish_reason is None:
@@ -134,11 +136,19 @@ class BenchEngine:
                 self.tiers.committed(name, None, block_id)
 
     def _submit(
-        self, prompt: list[int], max_tokens: int, deltas: asyncio.Queue[TokenDelta | RequestError]
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        deltas: asyncio.Queue[TokenDelta | RequestError],
+        fetch: Sequence[FetchRange] = (),
     ) -> RunningRequest:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         request = GenerateRequest(
-            request_id="bench", model_id="", prompt_ids=prompt, sampling=sampling
+            request_id="bench",
+            model_id="",
+            prompt_ids=prompt,
+            sampling=sampling,
+            fetch=list(fetch),
         )
         return self._engine.submit(request, deltas.put_nowait)
 

@@ -18,6 +18,7 @@ import aiohttp
 from tests.chaos.cluster import LEASE_TTL_S, ChaosCluster, EtcdMember, Master, Worker, metric, until
 from xllm.coordination import EtcdClient, Keys
 from xllm.protocol import WorkerId
+from xllm.roles.leader_word import decode_word
 
 NOTICE_S = 5.0
 """Until a master knows what its streams or etcd have to say, on a busy machine."""
@@ -144,7 +145,8 @@ class Faults:
             async with asyncio.timeout(2 * LEASE_TTL_S):
                 while True:
                     leader = await client.get(KEYS.leader)
-                    if leader is not None and leader.value.decode() != master.master_id:
+                    word = None if leader is None else decode_word(leader.value)
+                    if word is not None and word.master_id != master.master_id:
                         break
                     await asyncio.sleep(0.1)
         finally:

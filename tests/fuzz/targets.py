@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from tests.fuzz.block_targets import FetchingEndTarget, ServingEndTarget
 from tests.fuzz.cache_targets import EventTarget, IndexTarget, SlabTarget
+from tests.fuzz.etcd_targets import RegistryTarget, WordTarget
 from tests.fuzz.runner import Target
 from tests.fuzz.stream_targets import FrameTarget, MasterEndTarget, WorkerEndTarget
-from tests.fuzz.text_targets import BodyTarget, FlagTarget, RegistryTarget
+from tests.fuzz.text_targets import BodyTarget, FlagTarget
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "frames": FrameTarget,
@@ -20,6 +21,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "index": IndexTarget,
     "slab": SlabTarget,
     "registry": RegistryTarget,
+    "words": WordTarget,
     "flags": FlagTarget,
     "http": BodyTarget,
 }

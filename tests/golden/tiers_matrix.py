@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -118,6 +119,8 @@ async def _running(config: EngineConfig, model_folder: Path) -> AsyncIterator[En
         yield engine
     finally:
         await engine.stop()
+        del engine
+        gc.collect()  # gigabytes, in cycles: the next one takes as many
 
 
 async def _settle(engine: Engine) -> None:

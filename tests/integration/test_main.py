@@ -23,7 +23,7 @@ def say(line):
 
 {role}
 
-def load(config):
+def load(config, reload):
     if "load" in globals().get("slow", ""):
         say("ready")
         time.sleep(60)

@@ -54,10 +54,14 @@ class CacheAdmin:
 
     def lookup(self, token_ids: Sequence[int], salt: str) -> PrefixLookup:
         """What the cache has of a prompt; changes nothing."""
+        return self.lookup_blocks(self._kv_cache.name_prompt(token_ids, salt))
+
+    def lookup_blocks(self, names: Sequence[BlockHash]) -> PrefixLookup:
+        """The same for a prompt whose full blocks have these names."""
         tiers = [TierName.DEVICE] + ([] if self._tiers is None else list(self._tiers.names))
         matched = dict.fromkeys(tiers, 0)
         held = dict.fromkeys(tiers, 0)
-        for name in self._kv_cache.name_prompt(token_ids, salt):
+        for name in names:
             holders = self._holders(name)
             if not holders:
                 break
@@ -82,7 +86,10 @@ class CacheAdmin:
 
         Raises: InvalidRequest if so many pinned blocks would not leave room to serve.
         """
-        names = self._kv_cache.name_prompt(token_ids, salt)
+        return self.pin_blocks(self._kv_cache.name_prompt(token_ids, salt), ttl_s)
+
+    def pin_blocks(self, names: Sequence[BlockHash], ttl_s: float) -> int:
+        """The same for a prompt whose full blocks have these names."""
         num_pinned = len(self._expiries.keys() | set(names))
         if num_pinned > self._max_pinned_blocks:
             raise InvalidRequest(
@@ -101,7 +108,10 @@ class CacheAdmin:
 
     def unpin(self, token_ids: Sequence[int], salt: str) -> int:
         """-> how many of its blocks were pinned."""
-        names = self._kv_cache.name_prompt(token_ids, salt)
+        return self.unpin_blocks(self._kv_cache.name_prompt(token_ids, salt))
+
+    def unpin_blocks(self, names: Sequence[BlockHash]) -> int:
+        """The same for a prompt whose full blocks have these names."""
         return self._release([name for name in names if name in self._expiries])
 
     def expire(self) -> None:

@@ -11,8 +11,7 @@ The root's fields are length-prefixed: ("ab", "c") and ("a", "bc") differ.
 
 from __future__ import annotations
 
-import sys
-from array import array
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -66,16 +65,11 @@ def hash_blocks(
     num_blocks = (len(token_ids) - start) // block_size
     if num_blocks <= 0:
         return []
-    tokens = array("i", token_ids[start : start + num_blocks * block_size])
-    assert tokens.itemsize == 4
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    raw = memoryview(tokens).cast("B")
+    end = start + num_blocks * block_size
+    raw = struct.pack(f"<{end - start}i", *token_ids[start:end])
     stride = block_size * 4
     hashes: list[BlockHash] = []
     for offset in range(0, num_blocks * stride, stride):
-        digest = sha256(parent)
-        digest.update(raw[offset : offset + stride])
-        parent = BlockHash(digest.digest()[:HASH_BYTES])
+        parent = BlockHash(sha256(parent + raw[offset : offset + stride]).digest()[:HASH_BYTES])
         hashes.append(parent)
     return hashes

@@ -15,7 +15,7 @@ import numpy as np
 
 from xllm.cache.block_pool import BlockObserver
 from xllm.cache.eviction import EvictionPolicyName, make_eviction_policy
-from xllm.cache.memory import map_pages, populate
+from xllm.cache.memory import map_pages, populate, populate_in_background
 from xllm.cache.slab_format import Buffer, round_up
 from xllm.cache.tier import SlotTable
 from xllm.errors import ConfigError
@@ -65,6 +65,10 @@ class HostMemoryBlocks:
     def populate(self) -> None:
         """Takes all of the memory now, so that no load pays for page faults."""
         populate(self._blocks.reshape(-1))
+
+    def populate_in_background(self) -> None:
+        """The same, beside everything else: the first fetches may be before it."""
+        populate_in_background(self._blocks.reshape(-1))
 
     def copy_out(self, block_ids: Sequence[int], targets: Sequence[Buffer]) -> None:
         for block_id, target in zip(block_ids, targets, strict=True):

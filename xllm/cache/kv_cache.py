@@ -28,78 +28,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from xllm.cache.block_hash import CacheRoot, hash_blocks
 from xllm.cache.block_pool import BlockPool
+from xllm.cache.kv_contract import CachedSequence, LowerTiers
+from xllm.cache.prefetch import Prefetcher, PrefetchOutcome
 from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash, FetchRange
 
 if TYPE_CHECKING:
     from xllm.cache.loads import BlockSource, LoadTicket
-
-
-class LowerTiers(Protocol):
-    """What is below the device (`tiers.Tiers`)."""
-
-    @property
-    def next_deadline(self) -> float | None: ...
-
-    @property
-    def lent_block_ids(self) -> list[int]: ...
-
-    def match(
-        self,
-        hashes: Seq[BlockHash],
-        block_compute_s: float | None = None,
-        fetch: Seq[FetchRange] = (),
-        first: int = 0,
-    ) -> list[BlockSource]: ...
-
-    def start_load(
-        self, blocks: Seq[tuple[BlockHash, BlockSource, int]], timeout_s: float
-    ) -> LoadTicket: ...
-
-    def cancel(self, ticket: LoadTicket) -> None: ...
-
-    def poll(self) -> list[LoadTicket]: ...
-
-    def take_returned_blocks(self) -> list[int]: ...
-
-    def committed(self, block_hash: BlockHash, parent: BlockHash | None, block_id: int) -> None: ...
-
-    def used(self, chain: list[BlockHash]) -> None: ...
-
-    def evicted(self, block_hash: BlockHash, block_id: int) -> None: ...
-
-    def cleared(self) -> None: ...
-
-
-class CachedSequence(Protocol):
-    """What the cache reads and keeps of a sequence (`engine/request.py`)."""
-
-    block_table: list[int]
-    block_hashes: list[BlockHash]
-    load: LoadTicket | None
-    cached_by_tier: dict[TierName, int]
-    pending_hashes: list[BlockHash]
-    num_committed_blocks: int
-    num_computed_tokens: int
-    num_written_tokens: int
-
-    @property
-    def token_ids(self) -> list[int]: ...
-
-    @property
-    def salt(self) -> str: ...
-
-    @property
-    def uses_prefix_cache(self) -> bool: ...
-
-    @property
-    def fetch(self) -> Seq[FetchRange]:
-        """Which peers are said to hold its blocks."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +91,9 @@ class KVCache:
         self._pending: set[BlockHash] = set()
         self._loading: dict[LoadTicket, CachedSequence] = {}
         self._busy: set[int] = set()
+        self._prefetcher: Prefetcher | None = None
+        if tiers is not None and enable_prefix_cache:
+            self._prefetcher = Prefetcher(pool, tiers, self._pending)
         self._queried_tokens = 0
         self._hit_tokens: dict[TierName, int] = {}
 
@@ -247,11 +189,35 @@ class KVCache:
         """Sequences whose load has ended: `complete_load` is next for each."""
         if self._tiers is None:
             return []
-        done = [self._loading.pop(t, None) for t in self._tiers.poll()]
+        done: list[CachedSequence] = []
+        for ticket in self._tiers.poll():
+            seq = self._loading.pop(ticket, None)
+            if seq is not None:
+                done.append(seq)
+            elif self._prefetcher is not None:
+                self._busy |= self._prefetcher.end(ticket)
         for block_id in self._tiers.take_returned_blocks():
             self._busy.remove(block_id)
             self.pool.release([block_id])
-        return [seq for seq in done if seq is not None]
+        return done
+
+    def prefetch(
+        self,
+        hashes: Seq[BlockHash],
+        fetch: Seq[FetchRange],
+        timeout_s: float,
+        on_end: Callable[[PrefetchOutcome], None],
+    ) -> None:
+        """Brings a chain here from peers ahead of requests: see `prefetch.py`."""
+        if self._prefetcher is None:
+            on_end(PrefetchOutcome(0, 0))
+        else:
+            self._prefetcher.start(hashes, fetch, timeout_s, on_end)
+
+    def cancel_prefetches(self) -> None:
+        """They end with what has arrived by now."""
+        if self._prefetcher is not None:
+            self._busy |= self._prefetcher.cancel()
 
     def complete_load(self, seq: CachedSequence) -> bool:
         """`seq` goes on after the blocks that have arrived; False: there is no block to put in the
@@ -358,7 +324,8 @@ class KVCache:
         assert set(self._loading.values()) <= {s for s in sequences if s.load is not None}
         references: dict[int, int] = dict.fromkeys(self._busy, 1)
         lent = [] if self._tiers is None else self._tiers.lent_block_ids
-        for block_id in (*self.pool.held_block_ids, *lent):
+        fetched = [] if self._prefetcher is None else self._prefetcher.block_ids
+        for block_id in (*self.pool.held_block_ids, *lent, *fetched):
             references[block_id] = references.get(block_id, 0) + 1
         for seq in sequences:
             for block_id in seq.block_table:
@@ -366,6 +333,7 @@ class KVCache:
             assert seq.num_computed_tokens <= len(seq.block_table) * self.block_size
         self.pool.check_references(references)
         promised = [h for seq in sequences for h in seq.pending_hashes]
+        promised += [] if self._prefetcher is None else self._prefetcher.pending_hashes
         assert len(promised) == len(set(promised))
         assert set(promised) == self._pending
 

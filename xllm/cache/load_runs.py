@@ -161,7 +161,8 @@ class PeerRun:
     def end(self, transfer: Transfer) -> tuple[list[bool], int]:
         assert self._fetch is not None
         outcomes = self._fetch.outcomes
-        sound = [transfer.error is None and o is BlockOutcome.SOUND for o in outcomes]
+        # What came before the peer failed is as good as any.
+        sound = [outcome is BlockOutcome.SOUND for outcome in outcomes]
         num_corrupt = outcomes.count(BlockOutcome.CORRUPT)
         counters = self._book.counters
         counters.num_corrupt += num_corrupt

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import sys
+import threading
 
 import numpy as np
 
@@ -14,6 +17,8 @@ from xllm.cache.slab_format import Buffer
 
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14."""
+
+_SLICE_BYTES = 64 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -35,6 +40,18 @@ def populate(pages: Buffer) -> None:
     """Takes all pages now, without changing what they hold: what is not there shows at once, and no
     copy pays for page faults later. Blocks, but not the interpreter."""
     _advise(pages, _MADV_POPULATE_WRITE)
+
+
+def populate_in_background(pages: Buffer) -> None:
+    """`populate` on a thread that only gets what nobody else wants of the cores, slice by slice."""
+
+    def work() -> None:
+        if sys.platform == "linux":  # where threads have a priority each
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        for start in range(0, pages.nbytes, _SLICE_BYTES):
+            populate(pages[start : start + _SLICE_BYTES])
+
+    threading.Thread(target=work, name="populate", daemon=True).start()
 
 
 def _advise(pages: Buffer, advice: int) -> None:

@@ -79,14 +79,14 @@ class PeerClient:
         self._transfers: dict[PeerFetch, Transfer] = {}
         """Not ended, not cancelled; entries come and go under the lock."""
         self.loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="peer-fetch", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="peer-fetch", daemon=True)
         self._is_closed = False
 
     def start(self, fetch: PeerFetch, transfer: Transfer) -> None:
         """Queues a fetch; `transfer` ends, elsewhere, when it has been answered or has failed."""
         assert not self._is_closed
-        if not self._thread.is_alive():  # a worker that never fetches has no thread for it
-            self._thread.start()
+        if not self.thread.is_alive():  # a worker that never fetches has no thread for it
+            self.thread.start()
         with self.lock:
             self._transfers[fetch] = transfer
         self.loop.call_soon_threadsafe(self._add, fetch)
@@ -105,41 +105,42 @@ class PeerClient:
         if self._is_closed:
             return
         self._is_closed = True
-        if self._thread.is_alive():
+        if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self._stop)
-            self._thread.join(timeout_s)
-        if not self._thread.is_alive():
+            self.thread.join(timeout_s)
+        if not self.thread.is_alive():
             self.loop.close()
 
     # ---- peer-fetch thread ----
 
     def end(self, fetch: PeerFetch, error: PeerUnavailable | None = None) -> None:
-        """All that will arrive of `fetch` is there."""
+        """All that will arrive of `fetch` is there, be it in part."""
         with self.lock:
             if fetch.state is FetchState.CANCELLED:
                 return
             fetch.state = FetchState.ENDED
             transfer = self._transfers.pop(fetch)
+        if self.device.view(fetch.block_ids[0]) is None:
+            self._copy_in(fetch)
         is_whole = all(outcome is BlockOutcome.SOUND for outcome in fetch.outcomes)
-        failure: Exception | None = error
-        if error is None and self.device.view(fetch.block_ids[0]) is None:
-            failure = self._copy_in(fetch)
-        self._mover.end_elsewhere(transfer, failure, wake=not is_whole)
+        self._mover.end_elsewhere(transfer, error, wake=not is_whole)
 
     def forget(self, link: _Link) -> None:
         if self._links.get(link.peer) is link:
             del self._links[link.peer]
 
-    def _copy_in(self, fetch: PeerFetch) -> Exception | None:
+    def _copy_in(self, fetch: PeerFetch) -> None:
+        """From the staging buffer, if there was one, to the device."""
         wanted = [i for i, o in enumerate(fetch.outcomes) if o is BlockOutcome.SOUND]
+        if not wanted:
+            return
         try:
             self.device.copy_in(
                 [fetch.block_ids[i] for i in wanted], [fetch.targets[i] for i in wanted]
             )
-        except Exception as error:
+        except Exception:
             logger.exception("peer_copy_failed")
-            return error
-        return None
+            fetch.outcomes = [BlockOutcome.ABSENT] * len(fetch.outcomes)
 
     def _add(self, fetch: PeerFetch) -> None:
         link = self._links.get(fetch.peer)

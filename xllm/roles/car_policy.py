@@ -22,7 +22,7 @@ from xllm.cache.block_hash import CacheRoot, hash_blocks
 from xllm.cache.event_codec import TierCode, short_hashes
 from xllm.cache.index import CacheIndex
 from xllm.errors import ConfigError, Overloaded
-from xllm.protocol import FetchRange, GenerateRequest, WorkerId, WorkerLoad
+from xllm.protocol import BlockHash, FetchRange, GenerateRequest, WorkerId, WorkerLoad
 from xllm.roles.cost_routing import CostRouting, Estimate, Outcome, Prompt, Targets
 from xllm.roles.global_scheduler import POLICIES, Candidate, Policy, Route
 
@@ -47,6 +47,8 @@ class CostRoute(Route):
     estimate: Estimate
     fetch: Sequence[FetchRange]
     """What the worker had better get from peers."""
+    names: Sequence[BlockHash]
+    """Of the prompt's full blocks."""
 
 
 class CostAware:
@@ -90,7 +92,7 @@ class CostAware:
 
         Raises: Overloaded if none would keep the targets.
         """
-        root, prompt = self._prompt(request)
+        root, prompt, names = self._prompt(request)
         group = self._group(root)
         if self._policy is not None:
             chosen = self._policy.route(request, candidates).worker_id
@@ -107,7 +109,7 @@ class CostAware:
         if fetch is not None:
             address = peers[fetch.worker_id]
             ranges = (FetchRange(fetch.worker_id, address, fetch.first, fetch.count),)
-        return CostRoute(estimate.worker_id, root, prompt, estimate, ranges)
+        return CostRoute(estimate.worker_id, root, prompt, estimate, ranges, names)
 
     def explain(
         self, request: GenerateRequest, candidates: Sequence[Candidate], peers: Peers = NO_PEERS
@@ -116,7 +118,7 @@ class CostAware:
 
         With targets, `in_time` says who keeps them; if nobody does, a request would be refused.
         """
-        root, prompt = self._prompt(request)
+        root, prompt, _ = self._prompt(request)
         group = self._group(root)
         estimates = group.explain(prompt, candidates, peers)
         lines = []
@@ -151,19 +153,24 @@ class CostAware:
             self._groups[root] = group
         return group
 
-    def _prompt(self, request: GenerateRequest) -> tuple[CacheRoot, Prompt]:
+    def busy_s(self, route: CostRoute, num_output: int) -> float:
+        """What the request takes of its worker's time if so many tokens come out."""
+        token_s = self._group(route.root).token_s(route.worker_id)
+        return route.estimate.parts.computing_s + num_output * token_s
+
+    def _prompt(self, request: GenerateRequest) -> tuple[CacheRoot, Prompt, Sequence[BlockHash]]:
         """A retry brings its output so far, which is computed like a prompt."""
         root = self._root_of(request.model_id)
         token_ids = request.prompt_ids
         if request.output_ids:
             token_ids = token_ids + request.output_ids
-        hashes: Sequence[int] = ()
+        names: Sequence[BlockHash] = ()
         # Whoever wants scores of the prompt has all of it computed.
         if request.sampling.prompt_logprobs is None:
             names = hash_blocks(root.hash(request.salt), token_ids, root.block_size)
-            hashes = short_hashes(names)
-        name = f"{request.request_id}/{request.attempt}/{request.index}"
-        return root, Prompt(name, hashes, max(1, len(token_ids)))
+        attempt = f"{request.request_id}/{request.attempt}/{request.index}"
+        prompt = Prompt(attempt, short_hashes(names), max(1, len(token_ids)))
+        return root, prompt, names
 
     @staticmethod
     def _may_refuse(request: GenerateRequest) -> bool:

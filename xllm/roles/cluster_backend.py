@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -53,8 +53,11 @@ class ClusterBackend:
         metrics: Metrics,
         tokenizer: Tokenizer | None = None,
         limits: RoutingConfig | None = None,
+        on_sent: Callable[[GenerateRequest, CostRoute], None] = lambda *_: None,
     ) -> None:
-        """Without a `tokenizer` for all models, each model's comes from its workers."""
+        """Without a `tokenizer` for all models, each model's comes from its workers. `on_sent` is
+        told of each attempt."""
+        self._on_sent = on_sent
         self._registry = registry
         self._router = router
         self._metrics = metrics
@@ -157,6 +160,7 @@ class ClusterBackend:
                 excluded = excluded | {route.worker_id}
                 continue
             self._router.dispatched(route)
+            self._on_sent(request, route)
             self._metrics.requests_routed.inc()
             if route.fetch:
                 self._metrics.route_fetches.inc()

@@ -161,6 +161,10 @@ class CostRouting:
         """`WorkerView.tpot_s`."""
         return self._view(worker).tpot_s
 
+    def token_s(self, worker: WorkerId) -> float:
+        """Of a worker's step, what one token in it adds."""
+        return self._view(worker).kind.cost.token_s
+
     def dispatched(self, prompt: Prompt, estimate: Estimate) -> None:
         """The request was sent to the estimate's worker."""
         now = self._clock()

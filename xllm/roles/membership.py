@@ -47,6 +47,8 @@ class WorkerMembership:
         self._make_info = make_info
         self._make_load = make_load
         self._metrics = metrics
+        self.load_period_s = LOAD_PERIOD_S
+        """Between two load reports, at least."""
         session.on_new_epoch(self._count_epoch)
 
     async def join(self) -> None:
@@ -75,7 +77,7 @@ class WorkerMembership:
         info = self._make_info(self._session.epoch)
         published = b""
         while True:
-            await asyncio.sleep(LOAD_PERIOD_S)
+            await asyncio.sleep(self.load_period_s)
             load = self._encode_load(self._session.epoch)
             if load != published:
                 published = load

@@ -17,7 +17,14 @@ import msgspec
 from xllm.cache.block_hash import CacheRoot
 from xllm.coordination import KeyValue
 from xllm.net import split_host_port
-from xllm.protocol import PROTOCOL_VERSION, WorkerId, WorkerInfo, WorkerLoad
+from xllm.protocol import (
+    PROTOCOL_VERSION,
+    MasterInfo,
+    WorkerId,
+    WorkerInfo,
+    WorkerLoad,
+    decode_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +89,9 @@ def decode_worker(kv: KeyValue) -> WorkerInfo | None:
     Fields that this version does not know are passed over: they are a later one's.
     """
     try:
-        info = msgspec.json.decode(kv.value, type=WorkerInfo)
+        info = decode_json(kv.value, WorkerInfo)
         _check_worker(kv, info)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except ValueError as error:
         logger.warning("bad_registration key=%s error=%r", kv.key, str(error))
         return None
     return info
@@ -93,9 +100,9 @@ def decode_worker(kv: KeyValue) -> WorkerInfo | None:
 def decode_load(kv: KeyValue) -> WorkerLoad | None:
     """None, and a line in the log, for a value that is no load report."""
     try:
-        load = msgspec.json.decode(kv.value, type=WorkerLoad)
+        load = decode_json(kv.value, WorkerLoad)
         _check_numbers(msgspec.to_builtins(load))
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except ValueError as error:
         logger.warning("bad_load key=%s error=%r", kv.key, str(error))
         return None
     return load
@@ -125,6 +132,15 @@ def _check_worker(kv: KeyValue, info: WorkerInfo) -> None:
             raise ValueError(f"{name} is {getattr(info, name)}")
     if min(info.model.max_model_len, info.model.vocab_size) < 1:
         raise ValueError(f"no model has {info.model}")
+
+
+def decode_master(kv: KeyValue) -> MasterInfo | None:
+    """None, and a line in the log, for a value that is no registration."""
+    try:
+        return decode_json(kv.value, MasterInfo)
+    except ValueError as error:
+        logger.warning("bad_registration key=%s error=%r", kv.key, str(error))
+        return None
 
 
 def find_conflict(info: WorkerInfo, registered: Iterable[KeyValue]) -> str:

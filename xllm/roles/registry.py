@@ -217,6 +217,15 @@ class Registry(Generic[StreamT]):
     def __iter__(self) -> Iterator[Member[StreamT]]:
         return iter(self._members.values())
 
+    def info(self, worker_id: WorkerId) -> WorkerInfo | None:
+        """None: it is not known any more."""
+        member = self._members.get(worker_id)
+        return None if member is None else member.info
+
+    def load_of(self, worker_id: WorkerId) -> WorkerLoad | None:
+        """The last report of a worker that is registered."""
+        return self._loads.get(worker_id)
+
     def streams(self) -> set[StreamT]:
         """Those that should be running now."""
         return {member.stream for member in self if member.stream is not None}

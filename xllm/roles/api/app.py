@@ -16,6 +16,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from xllm.config import ApiConfig
 from xllm.errors import EngineFault, InvalidRequest, RequestError
+from xllm.roles.api.auth import Authenticator
 from xllm.roles.api.errors import error_response, http_error_response
 from xllm.roles.api.handlers import CALL, Call, GenerationHandlers
 from xllm.roles.api.info import InfoHandlers, json_response
@@ -39,17 +40,18 @@ def build_app(
     backend: Backend,
     config: ApiConfig,
     metrics: Metrics,
+    authenticator: Authenticator | None = None,
     is_leaving: Callable[[], bool] = lambda: False,
 ) -> web.Application:
-    """The public API over `backend`. Serve it with `make_runner`.
+    """The public API over `backend`, for everybody or for whom the authenticator knows. Serve it
+    with `make_runner`.
 
     While `is_leaving`, it serves on, but says that it is not healthy and keeps no connection.
     """
-    app = web.Application(
-        client_max_size=config.max_body_size,
-        # API keys and CORS belong here, after the one that answers their errors.
-        middlewares=[_answer_errors(metrics)],
-    )
+    middlewares = [_answer_errors(metrics)]
+    if authenticator is not None:
+        middlewares.append(authenticator.middleware)
+    app = web.Application(client_max_size=config.max_body_size, middlewares=middlewares)
     executor = ThreadPoolExecutor(_NUM_ENCODER_THREADS, thread_name_prefix="encode")
 
     async def own_executor(app: web.Application) -> AsyncIterator[None]:

@@ -1,0 +1,126 @@
+"""Which prefixes are wanted faster than those who hold them can serve them, and who is to fetch
+them ahead of requests. Pure.
+
+A request is counted at a few lengths of its prompt: 1, 2, 4, 8, ... blocks. What it counts with are
+the seconds that it keeps a worker busy once the prefix is there, so demand is in workers: 1.5 is
+more than one worker can serve. Counts fade with a half-life of `HALF_LIFE_S`.
+
+    demand of a prefix     workers that hold it     who fetches it
+    up to LOAD * holders   ...                      nobody
+    more                   some                     the least busy of the others, one at a time
+
+Of the nested prefixes that are too hot, the longest goes that still has most of the demand: a
+system prompt, not what one user wrote after it.
+
+Routing itself would spread a hot prefix, too, as soon as a queue costs more than a fetch; then it
+is a request that waits for the fetch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from xllm.cache.event_codec import short_hash
+from xllm.cache.index import CacheIndex
+from xllm.protocol import BlockHash, WorkerId
+
+HALF_LIFE_S = 2.0
+LOAD = 0.7
+"""Of a worker's time, before another one is to hold the prefix, too."""
+MOST = 0.7
+"""Of the demand of a prefix: what a longer one has, if it is to go instead."""
+MIN_BLOCKS = 4
+"""Shorter ones are computed while a command travels."""
+PAUSE_S = 2.0
+"""Until the same prefix is given to another worker: the first one's fetch has to show."""
+MAX_TRACKED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """`worker` is to have these blocks of a prompt, which all of `holders` have."""
+
+    worker: WorkerId
+    names: Sequence[BlockHash]
+    holders: Sequence[WorkerId]
+
+
+class _Demand:
+    __slots__ = ("at", "busy_s", "names", "not_before")
+
+    def __init__(self, names: Sequence[BlockHash], now: float) -> None:
+        self.names = names
+        self.busy_s = 0.0
+        """Faded to the time `at`."""
+        self.at = now
+        self.not_before = now
+
+    def workers(self, now: float) -> float:
+        """Seconds of work per second."""
+        return self.busy_s * _fade(now - self.at) * math.log(2) / HALF_LIFE_S
+
+    def add(self, busy_s: float, now: float) -> None:
+        self.busy_s = self.busy_s * _fade(now - self.at) + busy_s
+        self.at = now
+
+
+class HotPrefixes:
+    """Of the requests that one master has sent. `clock` is monotonic, in seconds."""
+
+    def __init__(self, index: CacheIndex, clock: Callable[[], float]) -> None:
+        self._index = index
+        self._clock = clock
+        self._demands: dict[int, _Demand] = {}
+        """By short hash of the last block, the one that was not seen for longest first."""
+
+    def observe(self, names: Sequence[BlockHash], busy_s: float) -> None:
+        """A prompt with these full blocks was sent, and will keep its worker busy for so long."""
+        now = self._clock()
+        length = MIN_BLOCKS
+        while length <= len(names):
+            block = short_hash(names[length - 1])
+            demand = self._demands.pop(block, None) or _Demand(names[:length], now)
+            demand.add(busy_s, now)
+            self._demands[block] = demand
+            length *= 2
+        while len(self._demands) > MAX_TRACKED:
+            del self._demands[next(iter(self._demands))]
+
+    def assign(
+        self, backlog_s: Callable[[WorkerId], float], workers: Collection[WorkerId]
+    ) -> list[Assignment]:
+        """Who of `workers`, those that serve and fetch blocks, is to fetch what now."""
+        now = self._clock()
+        hot = [demand for demand in self._demands.values() if demand.workers(now) > LOAD]
+        hot.sort(key=lambda demand: len(demand.names))
+        assignments: list[Assignment] = []
+        for number, demand in enumerate(hot):
+            if any(self._goes_instead(demand, longer, now) for longer in hot[number + 1 :]):
+                continue
+            if now < demand.not_before:
+                continue
+            holders = self._holders(demand, workers)
+            others = sorted((backlog_s(w), w) for w in workers if w not in holders)
+            if not holders or not others or demand.workers(now) <= LOAD * len(holders):
+                continue
+            demand.not_before = now + PAUSE_S
+            assignments.append(Assignment(others[0][1], demand.names, holders))
+        return assignments
+
+    def _goes_instead(self, demand: _Demand, longer: _Demand, now: float) -> bool:
+        return longer.names[: len(demand.names)] == demand.names and longer.workers(
+            now
+        ) >= MOST * demand.workers(now)
+
+    def _holders(self, demand: _Demand, workers: Collection[WorkerId]) -> list[WorkerId]:
+        hashes = [short_hash(name) for name in demand.names]
+        held = self._index.match(hashes)
+        return sorted(
+            w for w, counts in held.items() if sum(counts) == len(hashes) and w in workers
+        )
+
+
+def _fade(seconds: float) -> float:
+    return math.exp2(-seconds / HALF_LIFE_S)

@@ -1,4 +1,4 @@
-"""What is written for operators holds: flags, metrics, units and manifests are read by whoever will.
+"""What is written for operators holds, as far as whoever will read it can tell beforehand.
 
 xllm's own parser reads every command line; Kubernetes' published schemas the manifests; systemd the
 units, where it is installed.
@@ -130,10 +130,8 @@ def test_a_manifest_that_is_wrong_is_refused() -> None:
 
 
 def test_probes_reach_what_the_process_serves() -> None:
-    operator = {
-        resource.canonical
-        for resource in OperatorPort(Metrics(), lambda: True).runner().app.router.resources()
-    }
+    router = OperatorPort(Metrics(), lambda: True).runner().app.router
+    operator = {resource.canonical for resource in router.resources()}
     for name, pod, config in xllm_pods():
         (container,) = pod["containers"]
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}

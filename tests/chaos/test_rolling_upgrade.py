@@ -77,7 +77,7 @@ async def replace_master(cluster: ChaosCluster, balancer: LoadBalancer) -> None:
     new.launch()
     await cluster.until_workers(new, len(cluster.workers), within_s=60)
     balancer.masters = [old, new]
-    url = f"{old.operator_url}/admin/drain?timeout={DRAIN_S}"
+    url = f"{old.operator_url}/admin/leave?timeout={DRAIN_S}"
     request = urllib.request.Request(url, method="POST")
     with await asyncio.to_thread(urllib.request.urlopen, request) as response:
         assert response.status == 202

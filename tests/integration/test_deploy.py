@@ -160,7 +160,7 @@ def test_nobody_is_killed_before_the_drain_is_over() -> None:
         needed_s = config.drain_timeout + AFTER_DRAIN_S + DRAIN_PAUSE_S
         if isinstance(config, MasterConfig):
             hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-            (drain_s,) = re.findall(r"/admin/drain\?timeout=(\d+)", hook[-1])
+            (drain_s,) = re.findall(r"/admin/leave\?timeout=(\d+)", hook[-1])
             (sleep_s,) = re.findall(r"time\.sleep\((\d+)\)", hook[-1])
             assert float(sleep_s) >= float(drain_s)
             compile(hook[-1], "preStop", "exec")
@@ -174,7 +174,7 @@ def test_units_leave_time_for_the_drain(role: str) -> None:
     unit = (ROOT / f"deploy/systemd/xllm-{role}.service").read_text()
     config = parse([f"--flagfile={ROOT / f'deploy/systemd/{role}.flags'}"])
     (stop_s,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
-    drain_s = sum(float(text) for text in re.findall(r"/admin/drain\?timeout=(\d+)", unit))
+    drain_s = sum(float(text) for text in re.findall(r"/admin/leave\?timeout=(\d+)", unit))
     assert float(stop_s) >= drain_s + config.drain_timeout + AFTER_DRAIN_S + DRAIN_PAUSE_S
     assert f"--flagfile=/etc/xllm/{role}.flags" in unit
 

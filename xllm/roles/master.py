@@ -3,7 +3,7 @@
     startup   ports, with the API answering 503; etcd, which may be an own child; registration
     serve     until cancelled
     stop      no new connections; running requests get `--drain_timeout`; then the lease is given
-              back. After /admin/drain, see `departure.py`
+              back. After /admin/leave, see `departure.py`
 
 Any number of masters serve side by side. One is elected for what must be done once: `leader.py`.
 """
@@ -111,6 +111,7 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
             routes=[*route_port.routes, *admin.routes],
             max_body_bytes=config.api.max_body_size,
             drain=departure.begin,
+            drain_path="/admin/leave",
             key=guards.operator_key,
         )
         operator.add_collector(cluster.collect)

@@ -27,7 +27,7 @@ PROXY_HOST = "127.0.1.1"
 
 _WORKER_FLAGS = (
     *("--dtype=float32", "--num_threads=1", "--max_cache_size=4M", "--max_model_len=512"),
-    *("--max_tokens_per_batch=128", "--max_seqs_per_batch=16"),
+    *("--max_tokens_per_batch=128", "--max_seqs_per_batch=16", "--enable_cache_upload=true"),
 )
 
 

@@ -243,6 +243,8 @@ def test_values_that_are_none_are_passed_over(
         {"address": "nowhere"},
         {"address": "127.0.0.1:x"},
         {"address": ""},
+        {"epoch": Epoch(2**64)},
+        {"epoch": Epoch(-(10**30))},
         {"block_size": 0},
         {"block_bytes": -1},
         {"device_blocks": 0},

@@ -109,7 +109,10 @@ def decode_load(kv: KeyValue) -> WorkerLoad | None:
 
 
 def _check_numbers(value: object) -> None:
-    """Products of a few numbers of a report have to be finite. Raises: ValueError."""
+    """Products of a few of them have to be finite, and each has to be sayable in msgpack.
+
+    Raises: ValueError.
+    """
     match value:
         case dict():
             for item in value.values():
@@ -119,13 +122,14 @@ def _check_numbers(value: object) -> None:
                 _check_numbers(item)
         case float() | int():
             if not -_MAX_REPORTED <= value <= _MAX_REPORTED:
-                raise ValueError(f"{value:g} cannot have been measured")
+                raise ValueError(f"{value} is no number of ours")
 
 
 def _check_worker(kv: KeyValue, info: WorkerInfo) -> None:
     """What masters take for granted. Raises: ValueError."""
     if kv.key.rpartition("/")[2] != info.worker_id:
         raise ValueError(f"worker_id is {info.worker_id!r}")
+    _check_numbers(msgspec.to_builtins(info))
     split_host_port(info.address)
     for name in ("block_size", "device_blocks", "block_bytes"):
         if getattr(info, name) < 1:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
+
+import grpc
+from etcd3aio import _protobuf as pb
 
 from tests.chaos.cluster import ChaosCluster, EtcdMember, Master
 from tests.chaos.load import Case
@@ -31,19 +33,18 @@ async def check_etcd(members: Sequence[EtcdMember]) -> str:
     Raises: EtcdDiverged. A member that does not answer is left out.
     """
     running = [member for member in members if member.is_running]
-    statuses = await asyncio.gather(*(asyncio.to_thread(_hash_kv, m, 0) for m in running))
-    answering = [m for m, status in zip(running, statuses, strict=True) if status is not None]
-    revisions = [int(s["header"]["revision"]) for s in statuses if s is not None]
+    latest = await asyncio.gather(*(_hash_kv(member, 0) for member in running))
+    answering = [m for m, answer in zip(running, latest, strict=True) if answer is not None]
+    revisions = [answer.header.revision for answer in latest if answer is not None]
     if not revisions:
         return "etcd does not answer"
     revision = min(revisions)
-    found = await asyncio.gather(*(asyncio.to_thread(_hash_kv, m, revision) for m in answering))
+    found = await asyncio.gather(*(_hash_kv(member, revision) for member in answering))
     # A hash is of what compaction has left, which members do each in their own time.
-    hashes: dict[str, dict[str, int]] = {}
+    hashes: dict[int, dict[str, int]] = {}
     for member, answer in zip(answering, found, strict=True):
         if answer is not None:
-            compacted = answer.get("compact_revision", "0")
-            hashes.setdefault(compacted, {})[member.name] = int(answer["hash"])
+            hashes.setdefault(answer.compact_revision, {})[member.name] = answer.hash
     for compacted, by_member in hashes.items():
         if len(set(by_member.values())) > 1:
             raise EtcdDiverged(
@@ -53,12 +54,18 @@ async def check_etcd(members: Sequence[EtcdMember]) -> str:
     return f"etcd revision={revision} members={len(answering)} hashes={hashes}"
 
 
-def _hash_kv(member: EtcdMember, revision: int) -> dict[str, Any] | None:
-    """HashKV up to a revision, 0 for the present one; None if there is no answer."""
-    try:
-        return _post(f"http://{member.address}/v3/maintenance/hash", {"revision": revision})
-    except OSError:
-        return None
+async def _hash_kv(member: EtcdMember, revision: int) -> Any:
+    """HashKV up to a revision, 0 for the present one; None if there is no answer.
+
+    Not by etcd's JSON gateway: there the same path is the hash of all that a member has on disk.
+    """
+    async with grpc.aio.insecure_channel(member.address) as channel:
+        try:
+            return await pb.MaintenanceStub(channel).HashKV(
+                pb.HashKVRequest(revision=revision), timeout=5
+            )
+        except grpc.RpcError:
+            return None
 
 
 async def check_indexes(cluster: ChaosCluster, cases: Sequence[Case]) -> str:

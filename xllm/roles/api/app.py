@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from xllm.config import ApiConfig
@@ -64,6 +64,7 @@ def build_app(
     async def close_connection(request: web.Request, response: web.StreamResponse) -> None:
         if is_leaving():
             response.force_close()
+            response.headers[hdrs.CONNECTION] = "close"  # which aiohttp has decided by now
 
     app.on_response_prepare.append(close_connection)
     encoder = PromptEncoder(executor)

@@ -61,9 +61,10 @@ class Worker:
         tiers = self._engine.tiers
         assert tiers is not None
         assert tiers.lender is not None
-        PeerServer(self._name, self._layout, tiers.lender, self._engine.cache_lock).start(
-            self._listening
-        )
+        engine, lender = self._engine, tiers.lender
+        PeerServer(
+            self._name, self._layout, lender, engine.cache_lock, is_busy=lambda: engine.is_busy
+        ).start(self._listening)
 
     async def address(self) -> str:
         return f"127.0.0.1:{self._listening.getsockname()[1]}"
@@ -118,7 +119,7 @@ class Worker:
             if not num_bytes:
                 thread_id = client.thread.native_id
                 assert thread_id is not None
-                os.setpriority(os.PRIO_PROCESS, thread_id, 19)
+                os.sched_setscheduler(thread_id, os.SCHED_IDLE, os.sched_param(0))
             while num_left:
                 for transfer in mover.take_ended(wait_s=10):
                     assert transfer.error is None, transfer.error

@@ -122,6 +122,10 @@ class Lender:
         return LendCounters(dict(self.counters.served), self.counters.num_missed)
 
     @property
+    def num_loans(self) -> int:
+        return len(self._loans)
+
+    @property
     def lent_block_ids(self) -> list[int]:
         """Device blocks, once for each reference."""
         return [

@@ -229,6 +229,11 @@ class Engine:
     def step_counter(self) -> int:
         return self._statistics.num_steps
 
+    @property
+    def is_busy(self) -> bool:
+        """Requests run, as of the last step; any thread."""
+        return self._statistics.num_running > 0
+
     def _deliver(
         self,
         outbox: list[tuple[RunningRequest, TokenDelta | RequestError]],

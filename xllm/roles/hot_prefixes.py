@@ -123,4 +123,4 @@ class HotPrefixes:
 
 
 def _fade(seconds: float) -> float:
-    return math.exp2(-seconds / HALF_LIFE_S)
+    return math.exp(-math.log(2) * seconds / HALF_LIFE_S)

@@ -82,7 +82,9 @@ class PromptEncoder:
             param = "prompt" if is_one else f"prompt[{i}]"
             if not prompt.token_ids:
                 raise InvalidRequest(f"{param} is empty", param=param)
-            check_vocabulary(prompt.token_ids, card, param=param)
+            # What the tokenizer makes is in its own vocabulary, usually the model's.
+            if prompt.text is None or tokenizer.vocab_size > card.vocab_size:
+                check_vocabulary(prompt.token_ids, card, param=param)
         return prompts
 
     async def texts(

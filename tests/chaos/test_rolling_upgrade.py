@@ -115,6 +115,35 @@ async def test_no_request_fails(cluster: ChaosCluster) -> None:
 
 
 @pytest.mark.slow
+async def test_what_only_a_stopped_worker_held_is_with_the_others(cluster: ChaosCluster) -> None:
+    (master,) = cluster.masters
+    body = {"model": "chaos", "prompt": "once upon a time " * 70, "max_tokens": 1}
+    async with aiohttp.ClientSession() as session:
+
+        async def ask() -> tuple[str, int]:
+            async with session.post(f"{master.http_url}/v1/completions", json=body) as response:
+                usage = (await response.json())["usage"]
+                cached = usage["prompt_tokens_details"]["cached_tokens"]
+                return response.headers["x-xllm-worker-id"], cached
+
+        await ask()
+        await until(
+            lambda: (metric(master.operator_url, "xllm_index_blocks") or 0) >= 8,
+            "the master knows of its blocks",
+            within_s=10,
+        )
+        holder, cached = await ask()
+        assert cached >= 256, "it went to who has it"
+        worker = next(w for w in cluster.workers if w.worker_id == holder)
+        worker.stop()
+        await until(lambda: not worker.is_running, f"{worker.name} ends", within_s=6.0)
+        other, cached = await ask()
+        assert other != holder
+        # Of a prompt's prefixes of 4, 8, 16, .. blocks of 32 tokens, the longest is kept.
+        assert cached >= 256
+
+
+@pytest.mark.slow
 async def test_a_stopped_master_lets_its_requests_end(cluster: ChaosCluster) -> None:
     """SIGTERM without a drain: what runs ends within --drain_timeout, what comes is refused."""
     (master,) = cluster.masters

@@ -296,6 +296,14 @@ class Registry(Generic[StreamT]):
             }
         return addresses
 
+    def leaving_block_addresses(self, model_id: str) -> Mapping[WorkerId, str]:
+        """The same of those that take no requests any more."""
+        return {
+            member.info.worker_id: member.info.block_address
+            for member in self._of_model(model_id)
+            if member.state is MemberState.DRAINING and member.info.block_address
+        }
+
     def _of_model(self, model_id: str) -> list[Member[StreamT]]:
         members = self._by_model.get(model_id)
         if members is None:

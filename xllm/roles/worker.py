@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HANDOVER_S = 2.0
+"""A master looks every half second; then a command goes through etcd, and the blocks follow."""
+
 
 async def run_worker(config: WorkerConfig, reload: Reload) -> None:
     """Serves until cancelled or drained; drains before it lets a cancellation through.
@@ -189,12 +192,22 @@ class _Worker:
                 logger.info("worker_draining timeout_s=%g", self._drain_timeout_s)
                 server.refuse_new()
                 publishing = asyncio.create_task(membership.publish_info())
+                handing_over = asyncio.create_task(asyncio.sleep(self._handover_s))
                 await server.drain(self._drain_timeout_s)
+                await handing_over
                 # Requests that still run move now, and not when etcd has answered.
                 server.close()
                 publishing.cancel()
                 await asyncio.gather(publishing, return_exceptions=True)
         raise Drained
+
+    @property
+    def _handover_s(self) -> float:
+        """From the beginning of a drain: what masters get to have peers fetch what only this worker
+        holds. They know that only if it was published."""
+        if self._block_socket is None or not self.config.enable_cache_upload:
+            return 0.0
+        return min(HANDOVER_S, self._drain_timeout_s)
 
     def _begin_drain(self, timeout_s: float | None) -> float:
         """Returns the seconds that running requests get."""

@@ -20,6 +20,14 @@ class EtcdConfig:
     etcd_namespace: str = DEFAULT_NAMESPACE
     lease_ttl: float = 5.0
     """Seconds until a silent process is gone."""
+    etcd_ca: str | None = None
+    """Whose certificate etcd must have; None: a public authority's, where the address is https."""
+    etcd_cert: str | None = None
+    """Ours, for an etcd that asks for one; `etcd_key` goes with it."""
+    etcd_key: str | None = None
+    etcd_user: str | None = None
+    etcd_password_file: str | None = None
+    """None: the password is in the environment, as `XLLM_ETCD_PASSWORD`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +51,26 @@ class ApiConfig:
     max_concurrent_requests: int = 1024
     max_body_size: int = 16 << 20
     """Bytes."""
+    api_keys_file: str | None = None
+    """None: everybody may use the API."""
+    share_cache_across_keys: bool = False
+    requests_per_minute: int = 0
+    """Of each API key whose line does not say; 0: no limit. Likewise the next."""
+    tokens_per_minute: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    """What processes and operators prove to each other. Files are paths."""
+
+    cluster_secret_file: str | None = None
+    operator_key_file: str | None = None
+    operator_host: str | None = None
+    """What the operator port binds; None: `host` with an operator key, else loopback."""
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    """Who signs the certificates of this cluster's processes, and of nobody else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +110,7 @@ class MasterConfig:
     log: LogConfig = field(default_factory=LogConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     http_server_port: int = 8888
     rpc_server_port: int = 8889
@@ -89,6 +118,8 @@ class MasterConfig:
     tokenizer_path: str | None = None
     """None: obtained from the workers."""
     load_balance_policy: str = "CAR"
+    drain_timeout: float = 3.0
+    """Seconds that running requests get to end on a master that leaves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +170,7 @@ class WorkerConfig:
     log: LogConfig = field(default_factory=LogConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
     worker_id: str | None = None
     """None: advertised host:port."""
     port: int = 8010

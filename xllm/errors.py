@@ -5,9 +5,11 @@
     ├── EtcdUnavailable          exit code 3: no etcd endpoint answered in time
     ├── RequestError             reaches the client as OpenAI's error object
     │   ├── InvalidRequest       400   names the parameter
+    │   ├── Unauthorized         401   no API key, or one that is none
     │   ├── UnknownModel         404
     │   ├── BodyTooLarge         413
     │   ├── Overloaded           429   with Retry-After
+    │   ├── RateLimited          429   likewise: the API key's own limit
     │   ├── EngineFault          500
     │   ├── NoWorker             503
     │   ├── WorkerLost           503
@@ -68,6 +70,18 @@ class InvalidRequest(RequestError):
     http_status = 400
 
 
+class Unauthorized(RequestError):
+    """The request has no API key, or one that this server does not know."""
+
+    label = "unauthorized"
+    http_status = 401
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        """`code`: OpenAI's, of the error object."""
+        super().__init__(message)
+        self.code = code
+
+
 class UnknownModel(RequestError):
     """No worker serves the model that was asked for."""
 
@@ -88,6 +102,19 @@ class Overloaded(RequestError):
     label = "overloaded"
     http_status = 429
     retryable = True
+
+
+class RateLimited(RequestError):
+    """The API key has used up its share of requests or tokens."""
+
+    label = "rate_limited"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, message: str, *, kind: str, retry_after_s: int) -> None:
+        """`kind`: of which there were too many: requests or tokens."""
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.kind = kind
 
 
 class EngineFault(RequestError):

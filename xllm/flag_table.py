@@ -19,12 +19,14 @@ from xllm.config import (
     LogConfig,
     MasterConfig,
     RoutingConfig,
+    SecurityConfig,
     WorkerConfig,
 )
 from xllm.flag_types import (
     ADVERTISED_HOST,
     BOOLEAN,
     ETCD_ADDRESSES,
+    FILE,
     FOLDER,
     HOST,
     MODEL,
@@ -63,13 +65,12 @@ class Concern:
 _PORT = integer("PORT", 0, 65535)
 _TOKENS = integer("TOKENS", 1)
 _TOKENS_OR_AUTO = integer("TOKENS", 0)
-_FILE = FlagType("FILE", str)
 
 _PROCESS = Concern(
     "process",
     (
         Flag(None, "role", choice(*ROLES), "What this process is.", "required"),
-        Flag(None, "flagfile", _FILE, "Read more flags from this file, one a line.", "none"),
+        Flag(None, "flagfile", FILE, "Read more flags from this file, one a line.", "none"),
         Flag(None, "help", BOOLEAN, "Show the flags; with --role, those of one role."),
         Flag(None, "version", BOOLEAN, "Show the version."),
     ),
@@ -99,6 +100,23 @@ BOTH_CONCERNS: tuple[Concern, ...] = (
                 "lease_ttl",
                 decimal("SECONDS", 2, 600),
                 "A process that is silent for so long is gone.",
+            ),
+            Flag(
+                EtcdConfig,
+                "etcd_ca",
+                FILE,
+                "Authorities that etcd's certificate may come from; turns TLS on.",
+                "those that gRPC knows, for https:// addresses",
+            ),
+            Flag(EtcdConfig, "etcd_cert", FILE, "Our certificate, for etcd; turns TLS on.", "none"),
+            Flag(EtcdConfig, "etcd_key", FILE, "The key of --etcd_cert.", "none"),
+            Flag(EtcdConfig, "etcd_user", NAME, "For an etcd with authentication.", "none"),
+            Flag(
+                EtcdConfig,
+                "etcd_password_file",
+                FILE,
+                "The password of --etcd_user.",
+                "the environment variable XLLM_ETCD_PASSWORD",
             ),
         ),
     ),
@@ -132,6 +150,83 @@ BOTH_CONCERNS: tuple[Concern, ...] = (
                 "More at once are refused with 429.",
             ),
             Flag(ApiConfig, "max_body_size", SIZE, "A longer request body is refused with 413."),
+        ),
+    ),
+    Concern(
+        "who may use the public API",
+        (
+            Flag(
+                ApiConfig,
+                "api_keys_file",
+                FILE,
+                "Lines of NAME:KEY [requests_per_minute=N] [tokens_per_minute=N]; read again on"
+                " SIGHUP. Requests need one of the keys, and share cached prefixes only with those"
+                " of the same name.",
+                "none: everybody may",
+            ),
+            Flag(
+                ApiConfig,
+                "share_cache_across_keys",
+                BOOLEAN,
+                "Let requests of all keys share cached prefixes.",
+            ),
+            Flag(
+                ApiConfig,
+                "requests_per_minute",
+                integer("REQUESTS", 0, 10**12),
+                "Of each key whose line does not say; more get 429. 0: no limit.",
+            ),
+            Flag(
+                ApiConfig,
+                "tokens_per_minute",
+                integer("TOKENS", 0, 10**12),
+                "Likewise, of prompts and answers together.",
+            ),
+        ),
+    ),
+    Concern(
+        "security (docs/security.md)",
+        (
+            Flag(
+                SecurityConfig,
+                "cluster_secret_file",
+                FILE,
+                "At least 32 characters that all processes of the cluster know, and prove to each"
+                " other that they do; and what they write to etcd.",
+                "none: whoever reaches a port may speak",
+            ),
+            Flag(
+                SecurityConfig,
+                "operator_key_file",
+                FILE,
+                "The key for the operator port, as in `Authorization: Bearer KEY`; read again on"
+                " SIGHUP.",
+                "none: the operator port is on loopback only",
+            ),
+            Flag(
+                SecurityConfig,
+                "operator_host",
+                HOST,
+                "The address that the operator port binds.",
+                "--host with --operator_key_file, else loopback",
+            ),
+            Flag(
+                SecurityConfig,
+                "tls_cert",
+                FILE,
+                "Certificate, with its chain, of this process on all of its ports; read again on"
+                " SIGHUP.",
+                "none: no TLS",
+            ),
+            Flag(SecurityConfig, "tls_key", FILE, "The key of --tls_cert.", "none"),
+            Flag(
+                SecurityConfig,
+                "tls_ca",
+                FILE,
+                "The authority that signs the certificates of this cluster's processes and of"
+                " nobody else: they show them to each other.",
+                "none",
+            ),
         ),
     ),
 )
@@ -230,6 +325,12 @@ MASTER_CONCERNS: tuple[Concern, ...] = (
                 decimal("SECONDS", 0.1, 86400),
                 "A request that would wait longer on every worker is refused with 429; some 64"
                 " may wait on each in any case.",
+            ),
+            Flag(
+                MasterConfig,
+                "drain_timeout",
+                decimal("SECONDS", 0, 86400),
+                "What running requests get to end after SIGTERM.",
             ),
         ),
     ),

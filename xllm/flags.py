@@ -25,6 +25,7 @@ from xllm.config import (
     LogConfig,
     MasterConfig,
     RoutingConfig,
+    SecurityConfig,
     WorkerConfig,
 )
 from xllm.errors import ConfigError
@@ -37,6 +38,7 @@ from xllm.flag_table import (
     role_flags,
 )
 from xllm.flag_types import SIZE
+from xllm.security.flag_checks import check_security
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +76,17 @@ def parse_command_line(argv: Sequence[str]) -> MasterConfig | WorkerConfig | Ans
         "net": build(HostConfig),
         "log": build(LogConfig),
         "api": build(ApiConfig),
+        "security": build(SecurityConfig),
     }
     if role == "master":
         master: MasterConfig = build(
             MasterConfig, **shared, routing=build(RoutingConfig), index=build(IndexConfig)
         )
+        check_security(master)
         return master
     worker: WorkerConfig = build(WorkerConfig, **shared, engine=build(EngineConfig))
     _check_worker(worker)
+    check_security(worker)
     return worker
 
 

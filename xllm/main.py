@@ -10,7 +10,8 @@ handlers on the main thread, between bytecodes: so a signal is answered at any m
 the role's thread imports torch or sits in a long call. The first signal cancels the role's task,
 which drains and returns; `STOP_DEADLINE_S` later (more, if a worker is asked to drain for longer),
 or at the second signal, the process ends as it is. It always ends by `os._exit`: a thread that
-hangs in a call must not keep it alive.
+hangs in a call must not keep it alive. SIGHUP makes a process that was given files of keys or
+certificates read them again; others end, as processes do when their terminal goes away.
 
 This module imports next to nothing, so that the handlers are there before anything slow begins.
 """
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from xllm.config import MasterConfig, WorkerConfig
+    from xllm.reload import Reload
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -44,6 +46,8 @@ AFTER_DRAIN_S = 1.5
 
 _ROLE_ENDED = 0
 """No signal has this number."""
+
+_HANGUP = int(signal.SIGHUP)
 
 SWITCH_INTERVAL_S = 0.001
 """Of a worker's threads: its event loop must not wait Python's 5 ms for the engine's."""
@@ -72,6 +76,7 @@ class Supervisor:
         self._stop_deadline_s = STOP_DEADLINE_S
         self._cancel_role: Callable[[], object] | None = None
         """None until the role's task exists; before that, there is nothing to drain."""
+        self._reload: Callable[[], object] = lambda: None
         self._exit_code = EXIT_ERROR
 
     def install_signal_handlers(self) -> None:
@@ -100,16 +105,21 @@ class Supervisor:
         self._stop_deadline_s = max(STOP_DEADLINE_S, drain_timeout_s + AFTER_DRAIN_S)
         role = threading.Thread(target=self._run_role, args=(config,), name="role", daemon=True)
         self._role_started = True
+        if _reads_again(config):
+            signal.signal(signal.SIGHUP, self._on_signal)
         role.start()
         return self._wait()
 
     def _wait(self) -> int:
-        if self._next_event() == _ROLE_ENDED:
+        while (event := self._next_event()) == _HANGUP:
+            self._reload()
+        if event == _ROLE_ENDED:
             return self._exit_code
         self._stop_requested = True
-        event: int | None = None
+        event = None
         if self._cancel_role is not None:
             self._cancel_role()
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             event = self._next_event(self._stop_deadline_s)
         if event != _ROLE_ENDED:
             _terminate_children()
@@ -142,6 +152,7 @@ class Supervisor:
 
         import uvloop
 
+        from xllm.reload import Reload
         from xllm.telemetry import setup_logging
 
         class Executor(ThreadPoolExecutor):
@@ -150,7 +161,8 @@ class Supervisor:
                 super().shutdown(wait=False, cancel_futures=True)
 
         setup_logging(config.log.log_level, config.log.log_format)
-        run_role = _load_role(config)
+        reload = Reload()
+        run_role = _load_role(config, reload)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             loop = runner.get_loop()
             loop.set_default_executor(Executor(thread_name_prefix="blocking"))
@@ -159,24 +171,33 @@ class Supervisor:
                 task = asyncio.current_task()
                 assert task is not None
                 self._cancel_role = lambda: loop.call_soon_threadsafe(task.cancel)
+                self._reload = lambda: loop.call_soon_threadsafe(reload.run)
                 await run_role()
 
             runner.run(serve())
 
 
-def _load_role(config: MasterConfig | WorkerConfig) -> Callable[[], Awaitable[None]]:
+def _load_role(
+    config: MasterConfig | WorkerConfig, reload: Reload
+) -> Callable[[], Awaitable[None]]:
     """Imports the role's module, which for a worker takes seconds."""
     from xllm.config import MasterConfig
 
     if isinstance(config, MasterConfig):
         from xllm.roles.master import run_master
 
-        return lambda: run_master(config)
+        return lambda: run_master(config, reload)
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     from xllm.roles.worker import run_worker
 
-    return lambda: run_worker(config)
+    return lambda: run_worker(config, reload)
+
+
+def _reads_again(config: MasterConfig | WorkerConfig) -> bool:
+    security = config.security
+    files = (config.api.api_keys_file, security.operator_key_file, security.tls_cert)
+    return any(file is not None for file in files)
 
 
 def _exit_code(error: BaseException) -> int:

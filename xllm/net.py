@@ -89,7 +89,7 @@ async def advertised_host(net: HostConfig, etcd_endpoints: Sequence[str]) -> str
     EtcdUnavailable if no endpoint's name can be resolved.
     """
     etcd_hosts = [split_host_port(endpoint)[0] for endpoint in etcd_endpoints]
-    etcd_is_here = all(_is_loopback(etcd_host) for etcd_host in etcd_hosts)
+    etcd_is_here = all(is_loopback(etcd_host) for etcd_host in etcd_hosts)
     own = net.advertise_host or (None if _is_unspecified(net.host) else net.host)
     if etcd_is_here and own is not None:
         return own
@@ -97,12 +97,12 @@ async def advertised_host(net: HostConfig, etcd_endpoints: Sequence[str]) -> str
     host = own or source
     if etcd_is_here:
         return host
-    if _is_loopback(net.host):
+    if is_loopback(net.host):
         raise ConfigError(
             f"--host={net.host}: only this machine can reach it, but etcd is at"
             f" {', '.join(etcd_endpoints)}; use --host={source}, or --host=0.0.0.0"
         )
-    if _is_loopback(host):
+    if is_loopback(host):
         raise ConfigError(
             f"--advertise_host={host}: means another machine on each machine, but etcd is at"
             f" {', '.join(etcd_endpoints)}; use --advertise_host={source}"
@@ -110,7 +110,8 @@ async def advertised_host(net: HostConfig, etcd_endpoints: Sequence[str]) -> str
     return host
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

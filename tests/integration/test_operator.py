@@ -9,7 +9,8 @@ from aiohttp import ClientSession
 from aiohttp.test_utils import unused_port
 
 from xllm.net import listen
-from xllm.roles.operator import OperatorPort, serve
+from xllm.roles.http_server import serve
+from xllm.roles.operator import OperatorPort
 from xllm.telemetry import Metrics
 
 
@@ -45,6 +46,12 @@ async def test_health_follows_the_process(process: Process, url: str) -> None:
             process.is_ready = is_ready
             async with session.get(f"{url}/health") as response:
                 assert response.status == status
+
+
+async def test_a_process_that_is_not_ready_is_alive(process: Process, url: str) -> None:
+    process.is_ready = False
+    async with ClientSession() as session, session.get(f"{url}/live") as response:
+        assert response.status == 200
 
 
 async def test_metrics_are_collected_when_they_are_looked_at(url: str) -> None:

@@ -15,11 +15,14 @@ from xllm.config import (
     LogConfig,
     MasterConfig,
     RoutingConfig,
+    SecurityConfig,
     WorkerConfig,
 )
 from xllm.errors import ConfigError
 from xllm.flag_table import ROLES, role_flags
 from xllm.flags import Answer, parse_command_line
+
+BOTH = (EtcdConfig, HostConfig, LogConfig, ApiConfig, SecurityConfig)
 
 
 def _worker(*argv: str) -> WorkerConfig:
@@ -50,23 +53,12 @@ def test_without_flags_the_config_has_its_own_defaults() -> None:
 @pytest.mark.parametrize(
     ("role", "configs"),
     [
-        (
-            "master",
-            [
-                MasterConfig,
-                RoutingConfig,
-                IndexConfig,
-                EtcdConfig,
-                HostConfig,
-                LogConfig,
-                ApiConfig,
-            ],
-        ),
-        ("worker", [WorkerConfig, EngineConfig, EtcdConfig, HostConfig, LogConfig, ApiConfig]),
+        ("master", [MasterConfig, RoutingConfig, IndexConfig, *BOTH]),
+        ("worker", [WorkerConfig, EngineConfig, *BOTH]),
     ],
 )
 def test_every_field_of_a_config_has_its_flag(role: str, configs: list[type]) -> None:
-    parts = {"etcd", "net", "log", "api", "engine", "routing", "index"}
+    parts = {"etcd", "net", "log", "api", "engine", "routing", "index", "security"}
     wanted = {
         (config, field.name)
         for config in configs
@@ -278,3 +270,59 @@ def test_tiers_that_cannot_be_are_refused(argv: list[str], said: str) -> None:
 def test_the_folder_of_the_disk_tier_may_be_in_the_home_directory() -> None:
     worker = _worker("--disk_cache_dir=~/blocks", "--disk_cache_size=1GiB")
     assert worker.engine.disk_cache_dir == str(Path.home() / "blocks")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--max_body_size=" + "9" * 400, "more than any machine"),
+        ("--max_body_size=9999999T", "more than any machine"),
+        ("--max_concurrent_requests=" + "9" * 5000, "--max_concurrent_requests"),
+        ("--tokenizer_path=~nobody_at_all/x", "no such user"),
+        ("--tokenizer_path=" + "x" * 5000, "cannot be read"),
+        ("--etcd_addr=http://[", "--etcd_addr"),
+    ],
+)
+def test_values_of_a_slipped_finger_are_refused(argv: str, said: str) -> None:
+    assert said in _refusal("--role=master", argv)
+
+
+def test_a_folder_of_nobody_is_refused() -> None:
+    argv = ("--disk_cache_dir=~nobody_at_all/x", "--disk_cache_size=1G")
+    assert "no such user" in _refusal("--role=worker", *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--operator_host=0.0.0.0"], ["--operator_host=0.0.0.0", "--operator_key_file"]),
+        (["--tls_cert=c"], ["--tls_cert and --tls_key"]),
+        (["--tls_key=k"], ["--tls_cert and --tls_key"]),
+        (["--tls_cert=c", "--tls_key=k"], ["--tls_cert", "--tls_ca"]),
+        (["--tls_ca=a"], ["--tls_ca", "--tls_cert and --tls_key"]),
+        (["--etcd_ca=a"], ["--etcd_ca", "--etcd_addr"]),
+        (["--etcd_user=u"], ["--etcd_user", "--etcd_addr"]),
+        (["--etcd_cert=a", "--etcd_addr=h:1"], ["--etcd_cert and --etcd_key"]),
+        (["--etcd_ca=a", "--etcd_addr=http://h:1"], ["http://h:1", "without TLS"]),
+        (["--etcd_password_file=f"], ["--etcd_password_file", "--etcd_user"]),
+    ],
+)
+@pytest.mark.parametrize("role", ROLES)
+def test_flags_of_security_that_would_not_do_what_they_seem_to(
+    role: str, argv: list[str], parts: list[str]
+) -> None:
+    message = _refusal(f"--role={role}", *argv)
+    for part in parts:
+        assert part in message
+
+
+def test_keys_belong_to_who_has_the_public_api() -> None:
+    keys = "--api_keys_file=keys"
+    assert "masters" in _refusal("--role=worker", keys)
+    assert _master(keys).api.api_keys_file == "keys"
+    alone = _worker("--enable_service_routing=false", keys, "--tls_cert=c", "--tls_key=k")
+    assert alone.security.tls_ca is None
+    for flag in ("--share_cache_across_keys", "--tokens_per_minute=5", "--requests_per_minute=5"):
+        assert "--api_keys_file" in _refusal("--role=master", flag)
+        assert _master(keys, flag)
+    assert _master("--operator_host=::1").security.operator_host == "::1"

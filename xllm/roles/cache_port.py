@@ -23,6 +23,7 @@ from xllm.roles.api.info import json_response
 from xllm.roles.api.prompts import PromptEncoder
 from xllm.roles.api.requests import ApiModel, ChatRequest, Message, Text, TokenIds
 from xllm.roles.api.sampling import check_vocabulary
+from xllm.security.secret import ClusterSecret
 from xllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class PromptBody(ApiModel):
     messages: list[Message] | None = Field(None, min_length=1)
     token_ids: TokenIds | None = None
     cache_salt: str | None = None
+    api_key_name: str | None = Field(
+        None, description="Whose request is meant, where API keys do not share their cache."
+    )
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
 
@@ -47,6 +51,12 @@ class PromptBody(ApiModel):
         if sum(value is not None for value in given) != 1:
             raise ValueError("give one of text, messages and token_ids")
         return self
+
+    def salt(self, secret: ClusterSecret | None) -> str:
+        """What the request would have; `secret`: the cluster's."""
+        if self.api_key_name is None:
+            return self.cache_salt or ""
+        return (secret or ClusterSecret("")).salt(self.api_key_name, self.cache_salt or "")
 
 
 class PinBody(PromptBody):
@@ -64,8 +74,9 @@ class ClearBody(ApiModel):
 class CachePort:
     """The routes of one worker; they answer 503 until `open`."""
 
-    def __init__(self, max_body_bytes: int) -> None:
+    def __init__(self, max_body_bytes: int, secret: ClusterSecret | None = None) -> None:
         self._max_body_bytes = max_body_bytes
+        self._secret = secret
         self._engine: Engine | None = None
         self._card: ModelCard | None = None
         self._load_tokenizer: Callable[[], Tokenizer] | None = None
@@ -89,7 +100,7 @@ class CachePort:
         body = validate(PromptBody, await read_json(request, self._max_body_bytes))
         engine, token_ids = await self._prepare(body)
         found = await engine.call(
-            lambda: engine.cache_admin.lookup(token_ids, body.cache_salt or "")
+            lambda: engine.cache_admin.lookup(token_ids, body.salt(self._secret))
         )
         return json_response(
             {
@@ -112,7 +123,7 @@ class CachePort:
         body = validate(PinBody, await read_json(request, self._max_body_bytes))
         engine, token_ids = await self._prepare(body)
         num_blocks = await engine.call(
-            lambda: engine.cache_admin.pin(token_ids, body.cache_salt or "", body.ttl)
+            lambda: engine.cache_admin.pin(token_ids, body.salt(self._secret), body.ttl)
         )
         return json_response({"prompt_tokens": len(token_ids), "pinned_blocks": num_blocks})
 
@@ -120,7 +131,7 @@ class CachePort:
         body = validate(PromptBody, await read_json(request, self._max_body_bytes))
         engine, token_ids = await self._prepare(body)
         num_blocks = await engine.call(
-            lambda: engine.cache_admin.unpin(token_ids, body.cache_salt or "")
+            lambda: engine.cache_admin.unpin(token_ids, body.salt(self._secret))
         )
         return json_response({"prompt_tokens": len(token_ids), "unpinned_blocks": num_blocks})
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from xllm.cache.index import CacheIndex
@@ -28,8 +27,10 @@ from xllm.roles.etcd_size import EtcdSize
 from xllm.roles.hot_prefix_duty import HotPrefixDuty
 from xllm.roles.leader import Leader
 from xllm.roles.leader_word import decode_word, encode_word
+from xllm.roles.registration import decode_master
 from xllm.roles.registry import Registry
 from xllm.roles.stream_client import WorkerStream
+from xllm.security.secret import ClusterSecret
 from xllm.telemetry import Metrics
 
 
@@ -46,6 +47,7 @@ class ClusterAdmin:
         index: CacheIndex,
         metrics: Metrics,
         hot: HotPrefixDuty | None = None,
+        secret: ClusterSecret | None = None,
     ) -> None:
         """`hot`: what a leader does about prefixes that many want; None: nothing."""
         self._hot = hot
@@ -55,7 +57,9 @@ class ClusterAdmin:
         self._registry = registry
         self._index = index
         self._metrics = metrics
-        self._port = ClusterPort(backend, registry, index, self._describe, config.api.max_body_size)
+        self._port = ClusterPort(
+            backend, registry, index, self._describe, config.api.max_body_size, secret
+        )
         self._session: Session | None = None
         self._election: Election | None = None
         self._size: EtcdSize | None = None
@@ -122,4 +126,5 @@ class ClusterAdmin:
             snapshot = await client.range(self._keys.masters)
         except (EtcdUnavailable, EtcdRefused):
             return [self._info]
-        return [msgspec.json.decode(kv.value, type=MasterInfo) for kv in snapshot.kvs]
+        found = [decode_master(kv) for kv in snapshot.kvs]
+        return [master for master in found if master is not None]

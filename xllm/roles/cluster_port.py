@@ -50,6 +50,7 @@ from xllm.roles.command_desk import CommandDesk
 from xllm.roles.commands import join_names
 from xllm.roles.registry import MemberState, Registry
 from xllm.roles.stream_client import WorkerStream
+from xllm.security.secret import ClusterSecret
 
 DEADLINE_S = 5.0
 MOVE_DEADLINE_S = 30.0
@@ -108,8 +109,10 @@ class ClusterPort:
         index: CacheIndex,
         describe: Callable[[], Awaitable[dict[str, Any]]],
         max_body_bytes: int,
+        secret: ClusterSecret | None = None,
     ) -> None:
-        """`describe`: the answer of GET /admin/cluster."""
+        """`describe`: the answer of GET /admin/cluster. `secret`: the cluster's."""
+        self._secret = secret
         self._backend = backend
         self._registry = registry
         self._index = index
@@ -247,7 +250,7 @@ class ClusterPort:
         with ThreadPoolExecutor(1, thread_name_prefix="encode") as executor:
             token_ids = await encode_prompt(body, PromptEncoder(executor), tokenizer, card)
         root = self._registry.cache_root(card.model_id)
-        names = hash_blocks(root.hash(body.cache_salt or ""), token_ids, root.block_size)
+        names = hash_blocks(root.hash(body.salt(self._secret)), token_ids, root.block_size)
         return _Prompt(names, len(token_ids), workers, root.block_size)
 
     def _registered(self, model_id: str | None, wanted: list[str] | None) -> list[WorkerInfo]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from xllm.protocol import BlockHash, Command, CommandState
+from xllm.protocol import BlockHash, Command, CommandState, decode_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ def encode_command(command: Command) -> bytes:
 def decode_command(value: bytes) -> Command | None:
     """None, and a line in the log, for what is no command."""
     try:
-        return msgspec.json.decode(value, type=Command)
-    except msgspec.MsgspecError as error:
+        return decode_json(value, Command)
+    except ValueError as error:
         logger.warning("bad_command error=%r", str(error))
         return None
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 import msgspec
 
 from xllm.coordination import PUT, EtcdClient, Keys, Snapshot, watch_prefix
-from xllm.protocol import LeaderWord
+from xllm.protocol import LeaderWord, decode_json
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ def encode_word(word: LeaderWord) -> bytes:
 def decode_word(value: bytes) -> LeaderWord | None:
     """None, and a line in the log, for what is no word of a leader."""
     try:
-        return msgspec.json.decode(value, type=LeaderWord)
-    except msgspec.MsgspecError as error:
+        return decode_json(value, LeaderWord)
+    except ValueError as error:
         logger.warning("bad_leader_word error=%r", str(error))
         return None
 

@@ -1,9 +1,12 @@
 """What operators see and do, on a port of its own.
 
-GET  /health            200 when the process can serve, else 503
+GET  /health            200 when the process can serve, else 503; for everybody
+GET  /live              200 as long as the process does anything; for everybody
 GET  /metrics           for Prometheus
 POST /admin/drain       a worker stops taking requests, lets running ones end, and ends itself;
                         ?timeout=SECONDS instead of --drain_timeout
+POST /admin/leave       a master says that it is not healthy, serves on, and ends when nobody uses
+                        it any more, or after ?timeout=SECONDS: `departure.py`
 
 and what the role adds.
 """
@@ -11,12 +14,14 @@ and what the role adds.
 from __future__ import annotations
 
 import math
-import socket
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
+from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
+from xllm.net import is_loopback
+from xllm.security.operator_key import OperatorKey
 from xllm.telemetry import METRICS_CONTENT_TYPE, Metrics
 
 SHUTDOWN_S = 0.5
@@ -32,14 +37,18 @@ class OperatorPort:
         routes: Iterable[web.RouteDef] = (),
         max_body_bytes: int = 1 << 20,
         drain: Callable[[float | None], float] | None = None,
+        drain_path: str = "/admin/drain",
+        key: OperatorKey | None = None,
     ) -> None:
         """`routes`: the role's own. `drain` begins to drain the process, in as many seconds as it
-        returns."""
+        returns. Without a `key` the port has to be on loopback."""
+        self._key = key
         self._metrics = metrics
         self._is_ready = is_ready
         self._routes = tuple(routes)
         self._max_body_bytes = max_body_bytes
         self._drain = drain
+        self._drain_path = drain_path
         self._collectors: list[Callable[[], None]] = []
 
     def add_collector(self, collect: Callable[[], None]) -> None:
@@ -47,22 +56,26 @@ class OperatorPort:
         self._collectors.append(collect)
 
     def runner(self) -> web.AppRunner:
-        app = web.Application(client_max_size=self._max_body_bytes)
+        app = web.Application(client_max_size=self._max_body_bytes, middlewares=[_guard(self._key)])
         app.add_routes(
             [
                 web.get("/health", self._show_health),
+                web.get("/live", self._show_life),
                 web.get("/metrics", self._show_metrics),
                 *self._routes,
             ]
         )
         if self._drain is not None:
-            app.add_routes([web.post("/admin/drain", self._begin_drain)])
+            app.add_routes([web.post(self._drain_path, self._begin_drain)])
         return web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
 
     async def _show_health(self, request: web.Request) -> web.Response:
         if self._is_ready():
             return web.json_response({"status": "ok"})
         return web.json_response({"status": "not ready"}, status=503)
+
+    async def _show_life(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "alive"})
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         for collect in self._collectors:
@@ -86,12 +99,39 @@ class OperatorPort:
         )
 
 
-@asynccontextmanager
-async def serve(runner: web.AppRunner, listening: socket.socket) -> AsyncIterator[None]:
-    """Serves on a listening socket until the context is left."""
+def _guard(key: OperatorKey | None) -> Middleware:
+    """Who may do more than ask for health: who has the key; without one, whoever is on this
+    machine, except pages in its user's browser, which can send requests here but not read
+    answers."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path in ("/health", "/live"):
+            return await handler(request)
+        if key is None:
+            if _is_from_a_page(request):
+                return _refusal(403, "no requests of web pages without --operator_key_file")
+        elif not key.is_in(request.headers.get("Authorization")):
+            response = _refusal(401, "expected `Authorization: Bearer` and the operators' key")
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+        return await handler(request)
+
+    return middleware
+
+
+def _is_from_a_page(request: web.Request) -> bool:
+    """A page of another site says so; one whose name was pointed here has a foreign Host."""
+    if "Origin" in request.headers:
+        return True
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        return True
     try:
-        await runner.setup()
-        await web.SockSite(runner, listening).start()
-        yield
-    finally:
-        await runner.cleanup()
+        host = urlsplit(f"//{request.host}").hostname
+    except ValueError:
+        host = None
+    return host is None or not is_loopback(host)
+
+
+def _refusal(status: int, message: str) -> web.Response:
+    return web.json_response({"error": message}, status=status)

@@ -20,6 +20,7 @@ from xllm.roles.api.prompts import PromptEncoder
 from xllm.roles.cache_port import PromptBody, encode_prompt
 from xllm.roles.car_policy import DEFAULT_PRIORITY
 from xllm.roles.cluster_backend import ClusterBackend
+from xllm.security.secret import ClusterSecret
 
 
 class RouteBody(PromptBody):
@@ -32,7 +33,14 @@ class RouteBody(PromptBody):
 class RoutePort:
     """The routes of one master."""
 
-    def __init__(self, backend: ClusterBackend, policy: str, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        backend: ClusterBackend,
+        policy: str,
+        max_body_bytes: int,
+        secret: ClusterSecret | None = None,
+    ) -> None:
+        self._secret = secret
         self._backend = backend
         self._policy = policy
         self._max_body_bytes = max_body_bytes
@@ -59,7 +67,7 @@ class RoutePort:
                 model_id=card.model_id,
                 prompt_ids=token_ids,
                 sampling=SamplingParams(),
-                salt=body.cache_salt or "",
+                salt=body.salt(self._secret),
                 priority=body.priority or 0,
             )
         )

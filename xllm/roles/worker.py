@@ -26,13 +26,17 @@ from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad, WorkerState
+from xllm.reload import Reload
 from xllm.roles.cache_port import CachePort
 from xllm.roles.cache_upload import CacheUpload
+from xllm.roles.departure import Drained
 from xllm.roles.engine_report import EngineReport, StepMetrics
+from xllm.roles.guards import Guards
+from xllm.roles.http_server import serve
 from xllm.roles.local_backend import LocalBackend
 from xllm.roles.membership import ETCD_WAIT_S, WorkerMembership, check_peers
 from xllm.roles.openai_api import build_app, make_runner
-from xllm.roles.operator import OperatorPort, serve
+from xllm.roles.operator import OperatorPort
 from xllm.roles.stream_server import StreamServer
 from xllm.roles.tier_report import block_observers
 from xllm.roles.worker_duties import run_duties
@@ -44,28 +48,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HANDOVER_S = 2.0
+"""A master looks every half second; then a command goes through etcd, and the blocks follow."""
 
-class _Drained(Exception):
-    """An operator has drained the worker: its process ends."""
 
-
-async def run_worker(config: WorkerConfig) -> None:
+async def run_worker(config: WorkerConfig, reload: Reload) -> None:
     """Serves until cancelled or drained; drains before it lets a cancellation through.
 
     Raises: ConfigError (Fenced included), EtcdUnavailable, EngineFault.
     """
     host = config.net.host
+    guards = Guards(config, reload)
     with (
         contextlib.closing(listen(host, config.port, flag="port")) as main_socket,
         contextlib.closing(
-            listen(host, config.rpc_server_port, flag="rpc_server_port")
+            listen(guards.operator_host(config), config.rpc_server_port, flag="rpc_server_port")
         ) as operator_socket,
         _listen_for_peers(config) as block_socket,
     ):
-        worker = _Worker(config, main_socket, operator_socket, block_socket)
+        worker = _Worker(config, guards, main_socket, operator_socket, block_socket)
         try:
             async with (
-                serve(worker.operator.runner(), operator_socket),
+                serve(worker.operator.runner(), operator_socket, worker.client_tls),
                 asyncio.TaskGroup() as tasks,
             ):
                 tasks.create_task(measure_event_loop_lag(worker.metrics))
@@ -73,7 +77,7 @@ async def run_worker(config: WorkerConfig) -> None:
                     await worker.serve_masters(tasks)
                 else:
                     await worker.serve_clients(tasks)
-        except* _Drained:
+        except* Drained:
             logger.info("worker_drained")
 
 
@@ -102,22 +106,26 @@ class _Worker:
     def __init__(
         self,
         config: WorkerConfig,
+        guards: Guards,
         main_socket: socket.socket,
         operator_socket: socket.socket,
         block_socket: socket.socket | None,
     ) -> None:
         routed = config.enable_service_routing
         self.config = config
+        self.client_tls = None if guards.tls is None else guards.tls.for_clients()
+        self._guards = guards
         self.metrics = Metrics(api=not routed, cluster=routed, routing=False)
         self.ready = False
         max_body_bytes = config.api.max_body_size
-        self.cache_port = CachePort(max_body_bytes)
+        self.cache_port = CachePort(max_body_bytes, guards.secret)
         self.operator = OperatorPort(
             self.metrics,
             lambda: self.ready,
             self.cache_port.routes,
             max_body_bytes,
             drain=self._begin_drain if routed else None,
+            key=guards.operator_key,
         )
         self._drain_timeout_s = config.drain_timeout
         self._drain_asked_for = asyncio.Event()
@@ -184,12 +192,22 @@ class _Worker:
                 logger.info("worker_draining timeout_s=%g", self._drain_timeout_s)
                 server.refuse_new()
                 publishing = asyncio.create_task(membership.publish_info())
+                handing_over = asyncio.create_task(asyncio.sleep(self._handover_s))
                 await server.drain(self._drain_timeout_s)
+                await handing_over
                 # Requests that still run move now, and not when etcd has answered.
                 server.close()
                 publishing.cancel()
                 await asyncio.gather(publishing, return_exceptions=True)
-        raise _Drained
+        raise Drained
+
+    @property
+    def _handover_s(self) -> float:
+        """From the beginning of a drain: what masters get to have peers fetch what only this worker
+        holds. They know that only if it was published."""
+        if self._block_socket is None or not self.config.enable_cache_upload:
+            return 0.0
+        return min(HANDOVER_S, self._drain_timeout_s)
 
     def _begin_drain(self, timeout_s: float | None) -> float:
         """Returns the seconds that running requests get."""
@@ -203,17 +221,20 @@ class _Worker:
         config = self.config
         host = config.net.advertise_host or config.net.host
         backend = LocalBackend(self._worker_id(host))
-        app = build_app(backend, config.api, self.metrics)
+        app = build_app(backend, config.api, self.metrics, self._guards.api)
         async with contextlib.AsyncExitStack() as stack:
             # The engine outlives the API, whose shutdown lets running requests end.
             engine_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
-            await stack.enter_async_context(serve(make_runner(app), self._main_socket))
+            await stack.enter_async_context(
+                serve(make_runner(app), self._main_socket, self.client_tls)
+            )
             model = await asyncio.to_thread(_load_model, config.engine, self.metrics)
             await engine_stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
             backend.open(model.card, model.engine, tokenizer)
             self.ready = True
-            logger.info("worker_ready url=http://%s", self._address(host))
+            scheme = "http" if self.client_tls is None else "https"
+            logger.info("worker_ready url=%s://%s", scheme, self._address(host))
             await model.engine.wait_closed()
 
     @asynccontextmanager
@@ -236,6 +257,13 @@ class _Worker:
     def _address(self, host: str) -> str:
         return join_host_port(host, bound_port(self._main_socket))
 
+    def _operator_address(self, host: str) -> str:
+        bound = self._operator_socket.getsockname()[0]
+        return join_host_port(
+            self._guards.operator_address_host(bound, self.config.net, host),
+            bound_port(self._operator_socket),
+        )
+
     def _worker_id(self, host: str) -> WorkerId:
         worker_id = self.config.worker_id or self._address(host)
         if not worker_id.isprintable() or "/" in worker_id or " " in worker_id:
@@ -255,7 +283,7 @@ class _Worker:
             worker_id=worker_id,
             epoch=epoch,
             address=self._address(host),
-            operator_address=join_host_port(host, bound_port(self._operator_socket)),
+            operator_address=self._operator_address(host),
             block_address=(
                 ""
                 if self._block_socket is None

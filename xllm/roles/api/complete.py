@@ -6,7 +6,7 @@ Whole or streamed, the same `_Answer` follows the request; it also feeds the met
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -37,6 +37,8 @@ class Job:
     include_usage: bool
     received_at: float
     """`time.monotonic()` when the HTTP request came in."""
+    take_output: Callable[[int], None] = lambda num_tokens: None
+    """Is told of output tokens as they come."""
 
 
 async def respond_whole(job: Job, generations: Generations, metrics: Metrics) -> web.Response:
@@ -130,6 +132,7 @@ class _Answer:
         for number, delta in deltas:
             if delta.finish_reason is FinishReason.ABORT:
                 raise WorkerLost("the worker gave up this request; try again")
+            self._job.take_output(len(delta.token_ids))
             self._cached_tokens[number] = max(self._cached_tokens[number], delta.cached_tokens)
             if delta.cached_tokens_by_tier:
                 self._cached_by_tier[number] = delta.cached_tokens_by_tier

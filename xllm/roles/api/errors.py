@@ -12,7 +12,7 @@ import orjson
 from aiohttp import web
 from pydantic import ValidationError
 
-from xllm.errors import InvalidRequest, RequestError, UnknownModel
+from xllm.errors import InvalidRequest, RateLimited, RequestError, Unauthorized, UnknownModel
 
 _DEFAULT_RETRY_AFTER_S = 1
 _MAX_SHOWN_INPUT = 80
@@ -24,11 +24,16 @@ class ContextLengthExceeded(InvalidRequest):
 
 def error_object(error: RequestError) -> dict[str, Any]:
     """The body; also the payload of an error event in the middle of a stream."""
-    return _error_object(error.http_status, error.message, error.param, _code(error))
+    body = _error_object(error.http_status, error.message, error.param, _code(error))
+    if isinstance(error, RateLimited):
+        body["error"]["type"] = error.kind
+    return body
 
 
 def error_response(error: RequestError) -> web.Response:
     headers = {}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     if error.retryable:
         headers["Retry-After"] = str(error.retry_after_s or _DEFAULT_RETRY_AFTER_S)
     return _json_response(error_object(error), error.http_status, headers)
@@ -59,8 +64,12 @@ def _error_object(status: int, message: str, param: str | None, code: str | None
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _code(error: RequestError) -> str:
+def _code(error: RequestError) -> str | None:
     """OpenAI's code where it has one."""
+    if isinstance(error, Unauthorized):
+        return error.code
+    if isinstance(error, RateLimited):
+        return "rate_limit_exceeded"
     if isinstance(error, UnknownModel):
         return "model_not_found"
     if isinstance(error, ContextLengthExceeded):

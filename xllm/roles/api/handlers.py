@@ -13,6 +13,7 @@ from aiohttp import web
 from xllm.config import ApiConfig
 from xllm.errors import Overloaded
 from xllm.protocol import GenerateRequest, ModelCard
+from xllm.roles.api.auth import ANYBODY, CALLER, Caller
 from xllm.roles.api.body import read_json, validate
 from xllm.roles.api.chat import ChatFormat
 from xllm.roles.api.complete import Job, respond_streamed, respond_whole
@@ -108,9 +109,10 @@ class GenerationHandlers:
         response_id: str,
     ) -> web.StreamResponse:
         call = request[CALL]
+        caller = request.get(CALLER, ANYBODY)
         with_logprobs = body.num_logprobs is not None
         job = Job(
-            requests=_generate_requests(body, card, tokenizer, prompts, response_id),
+            requests=_generate_requests(body, card, tokenizer, prompts, response_id, caller),
             prompts=prompts,
             tokenizer=tokenizer,
             text_options=TextOptions(
@@ -130,9 +132,13 @@ class GenerationHandlers:
             ),
             include_usage=body.include_usage,
             received_at=call.received_at,
+            take_output=caller.take_tokens,
         )
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        caller.check_prompt(num_prompt_tokens)
         call.generations = Generations(self._backend, job.requests)
         async with call.generations as generations:
+            caller.take_tokens(num_prompt_tokens)
             if body.stream:
                 return await respond_streamed(job, generations, self._metrics, request)
             return await respond_whole(job, generations, self._metrics)
@@ -144,6 +150,7 @@ def _generate_requests(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     response_id: str,
+    caller: Caller,
 ) -> list[GenerateRequest]:
     """One per prompt. Raises: InvalidRequest."""
     seed = choose_seed(body.seed)
@@ -160,7 +167,7 @@ def _generate_requests(
                 card=card,
             ),
             n=body.n or 1,
-            salt=body.cache_salt or "",
+            salt=caller.salt(body.cache_salt or ""),
             priority=body.priority or 0,
         )
         for i, prompt in enumerate(prompts)

@@ -121,7 +121,7 @@ def _template_message(index: int, message: Message) -> dict[str, Any]:
 def _template_tool_call(call: ToolCall, param: str) -> dict[str, Any]:
     try:
         arguments = json.loads(call.function.arguments or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         param = f"{param}.function.arguments"
         raise InvalidRequest(f"{param} is not JSON: {error}", param=param) from error
     return {

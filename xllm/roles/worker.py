@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from xllm.config import DEFAULT_ETCD_ADDR, EngineConfig, WorkerConfig
+from xllm.config import EngineConfig, WorkerConfig
 from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
@@ -136,7 +136,7 @@ class _Worker:
 
     async def serve_masters(self, tasks: asyncio.TaskGroup) -> None:
         config = self.config
-        client = EtcdClient([config.etcd.etcd_addr or DEFAULT_ETCD_ADDR])
+        client = EtcdClient.of(config.etcd, self._guards.seal)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(client.close)
             keys = Keys(config.etcd.etcd_namespace)
@@ -158,7 +158,10 @@ class _Worker:
                 blocks = model.serve_blocks(worker_id, self._block_socket)
                 stack.push_async_callback(asyncio.to_thread, blocks.close)
             tokenizer = await asyncio.to_thread(read_tokenizer_files, model.folder)
-            server = StreamServer(worker_id, session.epoch, model.engine, tokenizer)
+            server = StreamServer(
+                *(worker_id, session.epoch, model.engine, tokenizer),
+                trust=self._guards.trust("stream"),
+            )
             await server.start(self._main_socket)
             stack.callback(server.close)
             session.on_new_epoch(server.change_epoch)

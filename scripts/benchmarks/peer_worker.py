@@ -23,7 +23,7 @@ from benchmarks.tiers_engine import BenchEngine
 from xllm.cache.host_tier import HostMemoryBlocks
 from xllm.cache.memory import map_pages, populate
 from xllm.cache.mover import Mover, Transfer
-from xllm.cache.peer_client import PeerClient
+from xllm.cache.peer_client import PeerClient, PeerLimits
 from xllm.cache.peer_fetch import Peer, PeerFetch
 from xllm.cache.peer_server import PeerServer
 from xllm.config import EngineConfig
@@ -61,9 +61,10 @@ class Worker:
         tiers = self._engine.tiers
         assert tiers is not None
         assert tiers.lender is not None
-        PeerServer(self._name, self._layout, tiers.lender, self._engine.cache_lock).start(
-            self._listening
-        )
+        engine, lender = self._engine, tiers.lender
+        PeerServer(
+            self._name, self._layout, lender, engine.books, is_busy=lambda: engine.is_busy
+        ).start(self._listening)
 
     async def address(self) -> str:
         return f"127.0.0.1:{self._listening.getsockname()[1]}"
@@ -104,7 +105,8 @@ class Worker:
         populate(memory)
         device = HostMemoryBlocks(memory.reshape(len(names), block_bytes))
         mover = Mover(1)
-        client = PeerClient(self._name, self._layout, device, mover)
+        limits = PeerLimits(stall_s=60.0)  # at this priority, it is this side that stands still
+        client = PeerClient(self._name, self._layout, device, mover, limits)
         num_bytes = 0
         deadline = time.monotonic() + seconds
         started = time.perf_counter()
@@ -118,7 +120,7 @@ class Worker:
             if not num_bytes:
                 thread_id = client.thread.native_id
                 assert thread_id is not None
-                os.setpriority(os.PRIO_PROCESS, thread_id, 19)
+                os.sched_setscheduler(thread_id, os.SCHED_IDLE, os.sched_param(0))
             while num_left:
                 for transfer in mover.take_ended(wait_s=10):
                     assert transfer.error is None, transfer.error

@@ -7,8 +7,10 @@ is served in loans of a few MB, and `max_loans` of them are out at any time: the
 pinned and read ahead, whoever asks for how much. Everybody else waits in their sockets.
 
 The bytes leave with large `sendmsg` calls straight from the tiers' memory, without the
-interpreter's lock. Pins and lookups take the cache's lock, which the engine lets go whenever it
-computes; so a peer does not wait for a step of a long prompt to end.
+interpreter's lock. While the engine computes, serving takes only a small share of the cores
+(`_Pace`), else as much as it can get.
+
+Pins and lookups do not wait for a step of a long prompt to end: `shared_books.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from xllm.cache.block_hash import HASH_BYTES
 from xllm.cache.lender import Lender, LentBlock, Loan
@@ -43,6 +47,7 @@ from xllm.cache.peer_wire import (
     encode_miss,
     handshake_bytes,
 )
+from xllm.cache.shared_books import SharedBooks
 from xllm.cache.slab import aligned_buffer
 from xllm.cache.slab_format import Buffer, checksum_of
 from xllm.cache.tier import TierName
@@ -52,10 +57,15 @@ from xllm.protocol import BlockHash, WorkerId
 logger = logging.getLogger(__name__)
 
 SERVE_NICENESS = 19
-"""Beside a busy engine this gets about a tenth of a core: enough for a prompt of thousands of
-tokens within tenths of a second, little enough for steps to stay as long as they are."""
+"""As `nice` has it: the lowest."""
+
+BUSY_SHARE = 0.04
+"""Of the machine's cores, that serving takes while the engine computes. The priority alone does not
+bound what it costs: it also takes bandwidth and caches that a step would have."""
 
 _MAX_IOV = 512
+_PACE_CHECK_S = 0.01
+"""Between two looks at whether the engine still computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +90,19 @@ class PeerServer:
         worker_id: WorkerId,
         layout: PeerLayout,
         lender: Lender,
-        lock: contextlib.AbstractContextManager[object],
+        books: SharedBooks,
         limits: ServeLimits | None = None,
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`lock`: whoever has it may use the lender."""
+        """`books`: the lender's. `is_busy`: whether the engine computes, so
+        that serving has to be gentle; called on the server's thread."""
         self.worker_id = worker_id
         self.layout = layout
         self.limits = limits or ServeLimits()
         self.num_connections = 0
         self._lender = lender
-        self._lock = lock
+        self._books = books
+        self._pace = _Pace(is_busy)
         self._thread: threading.Thread | None = None
         self._loop = asyncio.SelectorEventLoop()
         self._loans = asyncio.Semaphore(self.limits.max_loans)
@@ -191,15 +204,23 @@ class PeerServer:
         step = self._lender.max_blocks
         for start in range(0, count, step):
             async with self._loans:
+                await self._pace.wait()
                 await self._serve_loan(connected, fetch_id, start, hashes[start : start + step])
         return True
 
     async def _serve_loan(
         self, connected: socket.socket, fetch_id: int, start: int, hashes: Sequence[BlockHash]
     ) -> None:
-        with self._lock:
+        lent: asyncio.Future[Loan] = self._loop.create_future()
+
+        def lend() -> None:
             loan = self._lender.lend(hashes)
+            self._loop.call_soon_threadsafe(lent.set_result, loan)
+
+        self._books.submit(lend)
         try:
+            await _to_its_end(lent)
+            loan = lent.result()
             if loan.attachment is not None:
                 # To its end, whatever happens to the connection: it reads what is pinned.
                 reading = self._loop.run_in_executor(self._disk, self._read, loan)
@@ -216,11 +237,11 @@ class PeerServer:
                 loan.num_sent[block.tier] = loan.num_sent.get(block.tier, 0) + 1
             await self._send(connected, buffers)
         except BaseException:
-            loan.num_sent.clear()
+            lent.result().num_sent.clear()
             raise
         finally:
-            with self._lock:
-                self._lender.end(loan)
+            loan = lent.result()
+            self._books.submit(lambda: self._lender.end(loan))
 
     def _read(self, loan: Loan) -> None:
         """On a thread for the disk: completes the loan's blocks that are there."""
@@ -284,7 +305,28 @@ class PeerServer:
             self._loop.remove_writer(connected)
 
 
-async def _to_its_end(work: asyncio.Future[None]) -> None:
+class _Pace:
+    """Lets the thread's work begin so late that it takes its share of the cores, and no more."""
+
+    def __init__(self, is_busy: Callable[[], bool]) -> None:
+        self._is_busy = is_busy
+        self._rest = 1.0 / min(1.0, BUSY_SHARE * (os.cpu_count() or 1)) - 1.0
+        """Seconds to rest for each second of work."""
+        self._counted_s = 0.0
+        """CPU time of the thread that has been rested for."""
+        self._resume_at = 0.0
+
+    async def wait(self) -> None:
+        now, used_s = time.monotonic(), time.thread_time()
+        rest_s = (used_s - self._counted_s) * self._rest
+        self._counted_s = used_s
+        self._resume_at = max(self._resume_at, now) + rest_s
+        while self._is_busy() and (left_s := self._resume_at - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(min(left_s, _PACE_CHECK_S))
+        self._resume_at = min(self._resume_at, time.monotonic())
+
+
+async def _to_its_end(work: asyncio.Future[Any]) -> None:
     """Waits even when it is cancelled, which comes through afterwards."""
     try:
         await asyncio.shield(work)

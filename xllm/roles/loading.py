@@ -43,7 +43,8 @@ class LoadedModel:
         assert engine.tiers is not None
         assert engine.tiers.lender is not None
         layout = peer_layout(self.runner, engine.root)
-        server = PeerServer(worker_id, layout, engine.tiers.lender, engine.cache_lock)
+        lender, books = engine.tiers.lender, engine.books
+        server = PeerServer(worker_id, layout, lender, books, is_busy=lambda: engine.is_busy)
         server.start(listening)
         return server
 

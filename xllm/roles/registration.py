@@ -64,6 +64,8 @@ def cache_root(info: WorkerInfo) -> CacheRoot:
 
 def decode_worker(kv: KeyValue) -> WorkerInfo | None:
     """None, and a line in the log, for a value that is no registration."""
+    if not kv.value:
+        return None
     try:
         return msgspec.json.decode(kv.value, type=WorkerInfo)
     except msgspec.MsgspecError as error:
@@ -73,6 +75,8 @@ def decode_worker(kv: KeyValue) -> WorkerInfo | None:
 
 def decode_master(kv: KeyValue) -> MasterInfo | None:
     """None, and a line in the log, for a value that is no registration."""
+    if not kv.value:
+        return None
     try:
         return msgspec.json.decode(kv.value, type=MasterInfo)
     except msgspec.MsgspecError as error:

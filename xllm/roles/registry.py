@@ -140,7 +140,7 @@ class Registry(Generic[StreamT]):
         for change in update:
             worker_id = _worker_id(change.kv)
             self._loads.pop(worker_id, None)
-            if change.kind is PUT:
+            if change.kind is PUT and change.kv.value:
                 try:
                     self._loads[worker_id] = msgspec.json.decode(change.kv.value, type=WorkerLoad)
                 except msgspec.MsgspecError as error:

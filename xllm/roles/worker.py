@@ -39,6 +39,7 @@ from xllm.roles.operator import OperatorPort
 from xllm.roles.stream_server import StreamServer
 from xllm.roles.tier_report import block_observers
 from xllm.roles.worker_duties import run_duties
+from xllm.security.trust import ANYBODY, Trust
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer, read_tokenizer_files
 
@@ -92,14 +93,17 @@ def _listen_for_peers(
 
 
 def _load_model(
-    config: EngineConfig, metrics: Metrics, peer_id: WorkerId | None = None
+    config: EngineConfig,
+    metrics: Metrics,
+    peer_id: WorkerId | None = None,
+    peer_trust: Trust = ANYBODY,
 ) -> LoadedModel:
     # Torch's threads sleep between its operations: the native kernels have threads of their own.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Only now, because it imports torch: see there.
     from xllm.roles.loading import load_model
 
-    return load_model(config, block_observers(metrics), peer_id)
+    return load_model(config, block_observers(metrics), peer_id, peer_trust)
 
 
 class _Worker:
@@ -144,7 +148,10 @@ class _Worker:
             worker_id = self._worker_id(host)
             await client.connect(ETCD_WAIT_S)
             peer_id = None if self._block_socket is None else worker_id
-            model = await asyncio.to_thread(_load_model, config.engine, self.metrics, peer_id)
+            model = await asyncio.to_thread(
+                *(_load_model, config.engine, self.metrics, peer_id),
+                self._guards.trust("blocks"),
+            )
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))

@@ -148,9 +148,9 @@ class _Worker:
             worker_id = self._worker_id(host)
             await client.connect(ETCD_WAIT_S)
             peer_id = None if self._block_socket is None else worker_id
+            trust = self._guards.trust("blocks")
             model = await asyncio.to_thread(
-                *(_load_model, config.engine, self.metrics, peer_id),
-                self._guards.trust("blocks"),
+                _load_model, config.engine, self.metrics, peer_id, trust
             )
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.

@@ -36,6 +36,8 @@ from xllm.cache.slab import aligned_buffer
 from xllm.errors import PeerUnavailable
 from xllm.net import split_host_port
 from xllm.protocol import WorkerId
+from xllm.security.secret import new_nonce
+from xllm.security.trust import ANYBODY, Trust
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,9 @@ class PeerClient:
         device: DeviceBlocks,
         mover: Mover,
         limits: PeerLimits | None = None,
+        trust: Trust = ANYBODY,
     ) -> None:
+        self.trust = trust
         self.caller = caller
         self.layout = layout
         self.device = device
@@ -214,11 +218,15 @@ class _Link:
         try:
             async with asyncio.timeout(self._limits.connect_s):
                 host, port = split_host_port(self.peer.address)
+                key, tls = client.trust.key, client.trust.tls
                 hello = Hello(
-                    PEER_PROTOCOL_VERSION, client.caller, self.peer.worker_id, client.layout
+                    *(PEER_PROTOCOL_VERSION, client.caller, self.peer.worker_id, client.layout),
+                    b"" if key is None else new_nonce(),
                 )
                 _, connection = await client.loop.create_connection(
-                    lambda: PeerConnection(hello, self._receiver, self), host, port
+                    lambda: PeerConnection(hello, self._receiver, self, key),
+                    *(host, port),
+                    ssl=None if tls is None else tls.to_member(),
                 )
                 try:
                     await connection.shaken

@@ -7,17 +7,25 @@ import contextlib
 import socket
 from typing import Protocol, cast
 
+import msgspec
+
 from xllm.cache.peer_fetch import BlockReceiver, PeerFetch
 from xllm.cache.peer_wire import (
     LENGTH_BYTES,
     PEER_PROTOCOL_VERSION,
+    Challenge,
     Goodbye,
     Hello,
+    Proof,
+    Welcome,
     WireError,
     decode_answer,
     encode_handshake,
+    handshake_body,
     handshake_bytes,
 )
+from xllm.security.secret import HandshakeKey
+from xllm.security.trust import FIX, NO_PROOF, NO_SECRET_HERE, WRONG_PROOF
 
 
 class PeerListener(Protocol):
@@ -37,7 +45,16 @@ class PeerListener(Protocol):
 class PeerConnection(asyncio.BufferedProtocol):
     """Reads into where the bytes belong: there is no buffer in between."""
 
-    def __init__(self, hello: Hello, receiver: BlockReceiver, listener: PeerListener) -> None:
+    def __init__(
+        self,
+        hello: Hello,
+        receiver: BlockReceiver,
+        listener: PeerListener,
+        key: HandshakeKey | None = None,
+    ) -> None:
+        """`key`: what both sides have to prove; `hello` has a nonce then."""
+        self._key = key
+        self._said = [handshake_body(hello)]
         self.shaken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done after the handshake, with WireError or OSError if it failed."""
         self._hello = hello
@@ -101,12 +118,38 @@ class PeerConnection(asyncio.BufferedProtocol):
             self._has_length = True
             self._handshake = memoryview(bytearray(handshake_bytes(self._handshake)))
             return
-        answer = decode_answer(self._handshake)
+        said = bytes(self._handshake)
+        answer = decode_answer(said)
+        if isinstance(answer, Challenge):
+            self._prove(said)
+            return
         if isinstance(answer, Goodbye):
             raise WireError(f"it says: {answer.reason}")
         if answer.protocol_version != PEER_PROTOCOL_VERSION or answer.callee != self._hello.callee:
             raise WireError(f"reached worker {answer.callee}, protocol {answer.protocol_version}")
+        self._check_proof(answer)
         self.shaken.set_result(None)
+
+    def _prove(self, challenge: bytes) -> None:
+        if self._key is None:
+            raise WireError(f"{NO_SECRET_HERE}: {FIX}")
+        if len(self._said) != 1:
+            raise WireError("a second challenge")
+        self._said.append(challenge)
+        proof = Proof(self._key.prove("fetching", *self._said))
+        self._said.append(handshake_body(proof))
+        self.write(encode_handshake(proof))
+        self._handshake = memoryview(bytearray(LENGTH_BYTES))
+        self._has_length = False
+
+    def _check_proof(self, welcome: Welcome) -> None:
+        """Raises: WireError unless the peer knows the secret too, or there is none."""
+        if self._key is None:
+            return
+        unproven = handshake_body(msgspec.structs.replace(welcome, proof=b""))
+        was_asked = len(self._said) == 3
+        if not was_asked or not self._key.check(welcome.proof, "serving", *self._said, unproven):
+            raise WireError(f"{WRONG_PROOF if was_asked else NO_PROOF}: {FIX}")
 
     def _end(self, error: Exception) -> None:
         self.abort()

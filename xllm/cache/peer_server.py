@@ -10,8 +10,7 @@ The bytes leave with large `sendmsg` calls straight from the tiers' memory, with
 interpreter's lock. While the engine computes, serving takes only a small share of the cores
 (`_Pace`), else as much as it can get.
 
-Pins and lookups take the cache's lock, which the engine lets go whenever it computes; so a peer
-does not wait for a step of a long prompt to end.
+Pins and lookups do not wait for a step of a long prompt to end: `shared_books.py`.
 """
 
 from __future__ import annotations
@@ -27,31 +26,40 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from xllm.cache.block_hash import HASH_BYTES
 from xllm.cache.lender import Lender, LentBlock, Loan
+from xllm.cache.peer_socket import PeerSocket, TlsPeerSocket
 from xllm.cache.peer_wire import (
     FETCH_HEADER_BYTES,
     LENGTH_BYTES,
     PEER_PROTOCOL_VERSION,
+    Challenge,
     Goodbye,
     PeerLayout,
     Welcome,
     WireError,
     check_hello,
+    check_proof_wanted,
     decode_fetch_header,
     decode_hashes,
     decode_hello,
+    decode_proof,
     encode_handshake,
     encode_hit,
     encode_miss,
+    handshake_body,
     handshake_bytes,
 )
+from xllm.cache.shared_books import SharedBooks
 from xllm.cache.slab import aligned_buffer
 from xllm.cache.slab_format import Buffer, checksum_of
 from xllm.cache.tier import TierName
 from xllm.errors import TierIOError
 from xllm.protocol import BlockHash, WorkerId
+from xllm.security.secret import new_nonce
+from xllm.security.trust import ANYBODY, FIX, WRONG_PROOF, Trust
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +70,6 @@ BUSY_SHARE = 0.04
 """Of the machine's cores, that serving takes while the engine computes. The priority alone does not
 bound what it costs: it also takes bandwidth and caches that a step would have."""
 
-_MAX_IOV = 512
 _PACE_CHECK_S = 0.01
 """Between two looks at whether the engine still computes."""
 
@@ -89,18 +96,21 @@ class PeerServer:
         worker_id: WorkerId,
         layout: PeerLayout,
         lender: Lender,
-        lock: contextlib.AbstractContextManager[object],
+        books: SharedBooks,
         limits: ServeLimits | None = None,
         is_busy: Callable[[], bool] = lambda: False,
+        trust: Trust = ANYBODY,
     ) -> None:
-        """`lock`: whoever has it may use the lender. `is_busy`: whether the engine computes, so
+        """`books`: the lender's. `is_busy`: whether the engine computes, so
         that serving has to be gentle; called on the server's thread."""
         self.worker_id = worker_id
         self.layout = layout
         self.limits = limits or ServeLimits()
         self.num_connections = 0
+        self._trust = trust
+        self._tls = None if trust.tls is None else trust.tls.for_members()
         self._lender = lender
-        self._lock = lock
+        self._books = books
         self._pace = _Pace(is_busy)
         self._thread: threading.Thread | None = None
         self._loop = asyncio.SelectorEventLoop()
@@ -154,17 +164,17 @@ class PeerServer:
                     continue
                 tasks.create_task(self._serve(connected))
 
-    async def _serve(self, connected: socket.socket) -> None:
+    async def _serve(self, accepted: socket.socket) -> None:
         """One connection, to its end."""
         self.num_connections += 1
         reason = "closed"
-        with connected:
-            connected.setblocking(False)
+        with accepted, contextlib.ExitStack() as closing:
             try:
-                with contextlib.suppress(OSError):
-                    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connected = self._wrap(accepted, closing)
+                async with asyncio.timeout(self.limits.handshake_s):
+                    await connected.open()
                 if self.num_connections > self.limits.max_connections:
-                    await self._send(connected, [encode_handshake(Goodbye("too many peers"))])
+                    await connected.send([encode_handshake(Goodbye("too many peers"))])
                 elif await self._shake_hands(connected):
                     while await self._serve_fetch(connected):
                         pass
@@ -176,30 +186,50 @@ class PeerServer:
                 self.num_connections -= 1
                 logger.debug("peer_disconnected reason=%r", reason)
 
-    async def _shake_hands(self, connected: socket.socket) -> bool:
+    def _wrap(self, accepted: socket.socket, closing: contextlib.ExitStack) -> PeerSocket:
+        if self._tls is None:
+            return PeerSocket(self._loop, accepted, self.limits.stalled_s)
+        connected = TlsPeerSocket(self._loop, accepted, self.limits.stalled_s, self._tls)
+        closing.callback(connected.close)
+        return connected
+
+    async def _shake_hands(self, connected: PeerSocket) -> bool:
+        key = self._trust.key
         async with asyncio.timeout(self.limits.handshake_s):
-            header = await self._receive(connected, LENGTH_BYTES)
-            hello = decode_hello(await self._receive(connected, handshake_bytes(header)))
-        refusal = check_hello(hello, self.worker_id, self.layout)
+            said = await _receive_handshake(connected)
+            hello = decode_hello(said)
+            welcome = Welcome(PEER_PROTOCOL_VERSION, self.worker_id)
+            refusal = check_proof_wanted(hello, wants=key is not None)
+            if key is not None and not refusal:
+                challenge = Challenge(new_nonce())
+                await connected.send([encode_handshake(challenge)])
+                answer = await _receive_handshake(connected)
+                before = (said, handshake_body(challenge))
+                if not key.check(decode_proof(answer).mac, "fetching", *before):
+                    refusal = f"{WRONG_PROOF}: {FIX}"
+                proof = key.prove("serving", *before, answer, handshake_body(welcome))
+                welcome = Welcome(PEER_PROTOCOL_VERSION, self.worker_id, proof)
         if refusal:
+            logger.error("peer_not_trusted worker_id=%r reason=%r", hello.caller, refusal)
+        elif refusal := check_hello(hello, self.worker_id, self.layout):
             logger.warning("peer_refused worker_id=%r reason=%r", hello.caller, refusal)
-            await self._send(connected, [encode_handshake(Goodbye(refusal))])
+        if refusal:
+            await connected.send([encode_handshake(Goodbye(refusal))])
             return False
-        welcome = Welcome(PEER_PROTOCOL_VERSION, self.worker_id)
-        await self._send(connected, [encode_handshake(welcome)])
+        await connected.send([encode_handshake(welcome)])
         logger.info("peer_connected worker_id=%r", hello.caller)
         return True
 
-    async def _serve_fetch(self, connected: socket.socket) -> bool:
+    async def _serve_fetch(self, connected: PeerSocket) -> bool:
         """False: the other side has closed the connection between two fetches."""
         async with asyncio.timeout(self.limits.idle_s):
-            first = await self._loop.sock_recv(connected, 1)
+            first = await connected.receive_some(1)
         if not first:
             return False
         async with asyncio.timeout(self.limits.frame_s):
-            header = first + await self._receive(connected, FETCH_HEADER_BYTES - 1)
+            header = first + await connected.receive(FETCH_HEADER_BYTES - 1)
             fetch_id, count = decode_fetch_header(header)
-            hashes = decode_hashes(await self._receive(connected, count * HASH_BYTES))
+            hashes = decode_hashes(await connected.receive(count * HASH_BYTES))
         step = self._lender.max_blocks
         for start in range(0, count, step):
             async with self._loans:
@@ -208,11 +238,18 @@ class PeerServer:
         return True
 
     async def _serve_loan(
-        self, connected: socket.socket, fetch_id: int, start: int, hashes: Sequence[BlockHash]
+        self, connected: PeerSocket, fetch_id: int, start: int, hashes: Sequence[BlockHash]
     ) -> None:
-        with self._lock:
+        lent: asyncio.Future[Loan] = self._loop.create_future()
+
+        def lend() -> None:
             loan = self._lender.lend(hashes)
+            self._loop.call_soon_threadsafe(lent.set_result, loan)
+
+        self._books.submit(lend)
         try:
+            await _to_its_end(lent)
+            loan = lent.result()
             if loan.attachment is not None:
                 # To its end, whatever happens to the connection: it reads what is pinned.
                 reading = self._loop.run_in_executor(self._disk, self._read, loan)
@@ -227,13 +264,13 @@ class PeerServer:
                 num_bytes = self.layout.block_bytes
                 buffers += (encode_hit(fetch_id, index, num_bytes, block.checksum), block.payload)
                 loan.num_sent[block.tier] = loan.num_sent.get(block.tier, 0) + 1
-            await self._send(connected, buffers)
+            await connected.send(buffers)
         except BaseException:
-            loan.num_sent.clear()
+            lent.result().num_sent.clear()
             raise
         finally:
-            with self._lock:
-                self._lender.end(loan)
+            loan = lent.result()
+            self._books.submit(lambda: self._lender.end(loan))
 
     def _read(self, loan: Loan) -> None:
         """On a thread for the disk: completes the loan's blocks that are there."""
@@ -254,47 +291,6 @@ class PeerServer:
         for block, target, is_sound in zip(blocks, targets, sound, strict=True):
             block.payload = target[: self.layout.block_bytes]
             block.is_damaged = not is_sound
-
-    async def _receive(self, connected: socket.socket, num_bytes: int) -> bytes:
-        """Exactly so many. Raises: WireError if the other side closes before."""
-        received = b""
-        while len(received) < num_bytes:
-            part = await self._loop.sock_recv(connected, num_bytes - len(received))
-            if not part:
-                raise WireError("closed in the middle of a message")
-            received += part
-        return received
-
-    async def _send(self, connected: socket.socket, buffers: Sequence[bytes | Buffer]) -> None:
-        """All of it. Raises: TimeoutError if the other side does not read, OSError."""
-        views = [
-            memoryview(buffer) if isinstance(buffer, bytes) else buffer.data for buffer in buffers
-        ]
-        first = 0
-        while first < len(views):
-            try:
-                num_sent = connected.sendmsg(views[first : first + _MAX_IOV])
-            except (BlockingIOError, InterruptedError):
-                await self._until_writable(connected)
-                continue
-            while first < len(views) and num_sent >= views[first].nbytes:
-                num_sent -= views[first].nbytes
-                first += 1
-            if num_sent:
-                views[first] = views[first][num_sent:]
-                # Others' turn, and the kernel's: it takes more when the other side has read.
-                await self._until_writable(connected)
-
-    async def _until_writable(self, connected: socket.socket) -> None:
-        writable = self._loop.create_future()
-        self._loop.add_writer(
-            connected, lambda: None if writable.done() else writable.set_result(None)
-        )
-        try:
-            async with asyncio.timeout(self.limits.stalled_s):
-                await writable
-        finally:
-            self._loop.remove_writer(connected)
 
 
 class _Pace:
@@ -318,7 +314,12 @@ class _Pace:
         self._resume_at = min(self._resume_at, time.monotonic())
 
 
-async def _to_its_end(work: asyncio.Future[None]) -> None:
+async def _receive_handshake(connected: PeerSocket) -> bytes:
+    """The body of one frame. Raises: WireError, OSError."""
+    return await connected.receive(handshake_bytes(await connected.receive(LENGTH_BYTES)))
+
+
+async def _to_its_end(work: asyncio.Future[Any]) -> None:
     """Waits even when it is cancelled, which comes through afterwards."""
     try:
         await asyncio.shield(work)

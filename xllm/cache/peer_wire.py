@@ -5,8 +5,11 @@ msgpack message each:
 
     fetching                                  serving
       Hello(version, ids, layout)  ──────>
+    [                              <──────    Challenge(nonce)
+      Proof(mac)                   ──────>                                                  ]
                                    <──────    Welcome(version, id), or Goodbye(reason)
 
+Challenge and Proof only where there is a cluster secret: `security/secret.py` says what is proven.
 From then on everything has a fixed form, little-endian, and is answered in the order asked:
 
     Fetch     u32 fetch id, u32 number of hashes, then 16 bytes for each
@@ -34,6 +37,8 @@ import msgspec
 from xllm.cache.block_hash import HASH_BYTES
 from xllm.errors import PeerUnavailable
 from xllm.protocol import BlockHash, WorkerId
+from xllm.security.secret import NONCE_BYTES
+from xllm.security.trust import FIX, NO_PROOF, NO_SECRET_HERE
 
 PEER_PROTOCOL_VERSION = 1
 
@@ -84,13 +89,15 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
     """For the log."""
     callee: WorkerId
     layout: PeerLayout
-    proof: bytes = b""
-    """A place for proof that the caller belongs to the cluster; not looked at yet."""
+    nonce: bytes = b""
+    """New for each connection, from a caller that has a secret and wants it proven; else empty."""
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=1):
     protocol_version: int
     callee: WorkerId
+    proof: bytes = b""
+    """The serving side knows the secret, if that was asked for."""
 
 
 class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -99,16 +106,34 @@ class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag=2):
     reason: str
 
 
+class Challenge(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """The serving side wants the secret proven."""
+
+    nonce: bytes
+
+
+class Proof(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """Answer to `Challenge`."""
+
+    mac: bytes
+
+
 _encoder: Final = msgspec.msgpack.Encoder()
 _hello: Final = msgspec.msgpack.Decoder(Hello)
-_answer: Final[msgspec.msgpack.Decoder[Welcome | Goodbye]] = msgspec.msgpack.Decoder(
-    Welcome | Goodbye
+_proof: Final = msgspec.msgpack.Decoder(Proof)
+_answer: Final[msgspec.msgpack.Decoder[Welcome | Goodbye | Challenge]] = msgspec.msgpack.Decoder(
+    Welcome | Goodbye | Challenge
 )
 
 
-def encode_handshake(message: Hello | Welcome | Goodbye) -> bytes:
+def handshake_body(message: Hello | Welcome | Goodbye | Challenge | Proof) -> bytes:
+    """What is proven, and what `encode_handshake` puts behind the length."""
+    return _encoder.encode(message)
+
+
+def encode_handshake(message: Hello | Welcome | Goodbye | Challenge | Proof) -> bytes:
     """One frame."""
-    body = _encoder.encode(message)
+    body = handshake_body(message)
     assert len(body) <= MAX_HANDSHAKE_BYTES
     return _LENGTH.pack(len(body)) + body
 
@@ -129,7 +154,15 @@ def decode_hello(body: bytes | memoryview) -> Hello:
         raise WireError(f"not a handshake: {error}") from error
 
 
-def decode_answer(body: bytes | memoryview) -> Welcome | Goodbye:
+def decode_proof(body: bytes | memoryview) -> Proof:
+    """Raises: WireError."""
+    try:
+        return _proof.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"not a proof: {error}") from error
+
+
+def decode_answer(body: bytes | memoryview) -> Welcome | Goodbye | Challenge:
     """Raises: WireError."""
     try:
         return _answer.decode(body)
@@ -139,7 +172,7 @@ def decode_answer(body: bytes | memoryview) -> Welcome | Goodbye:
 
 def check_hello(hello: Hello, worker_id: WorkerId, layout: PeerLayout) -> str:
     """Why the serving side refuses; empty if it does not. Until it has said Welcome it serves
-    nothing: a check of `proof` belongs here."""
+    nothing."""
     if hello.protocol_version != PEER_PROTOCOL_VERSION:
         return (
             f"peer protocol {hello.protocol_version} is not {PEER_PROTOCOL_VERSION}: "
@@ -148,6 +181,15 @@ def check_hello(hello: Hello, worker_id: WorkerId, layout: PeerLayout) -> str:
     if hello.callee != worker_id:
         return f"this is worker {worker_id}, not {hello.callee[:MAX_REASON_CHARS]}"
     return layout.difference(hello.layout)[:MAX_REASON_CHARS]
+
+
+def check_proof_wanted(hello: Hello, *, wants: bool) -> str:
+    """Why the two cannot trust each other whatever they prove; empty if they can."""
+    if wants and len(hello.nonce) != NONCE_BYTES:
+        return f"{NO_PROOF}: {FIX}"
+    if hello.nonce and not wants:
+        return f"{NO_SECRET_HERE}: {FIX}"
+    return ""
 
 
 def encode_fetch(fetch_id: int, hashes: Sequence[BlockHash]) -> bytes:

@@ -5,6 +5,7 @@
     wire.py       records to and from the generated messages
     errors.py     what etcd may answer beside a result
     endpoints.py  where it is
+    access.py     how we get in: certificates, a user
     client.py     calls with deadlines and failover
     watch.py      a prefix as a snapshot and the changes after it
     session.py    a lease and the keys that live and die with it

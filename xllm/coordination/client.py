@@ -15,13 +15,16 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc
 from etcd3aio import _protobuf as pb
 
+from xllm.config import DEFAULT_ETCD_ADDR, EtcdConfig
 from xllm.coordination import wire
-from xllm.coordination.endpoints import Endpoint, open_channel, parse_endpoints, resolve
+from xllm.coordination.access import EtcdAccess, Metadata
+from xllm.coordination.endpoints import Endpoint, parse_endpoints, resolve
 from xllm.coordination.errors import (
     Compacted,
     EtcdNoSpace,
@@ -30,15 +33,18 @@ from xllm.coordination.errors import (
     from_grpc,
 )
 from xllm.coordination.records import (
+    Change,
     Compare,
     EtcdStatus,
     KeyValue,
     Op,
+    Put,
     Snapshot,
     TxnResult,
     prefix_end,
 )
 from xllm.errors import ConfigError, EtcdUnavailable
+from xllm.security.seal import Seal
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +74,11 @@ class _Member:
     cancel the calls of other tasks that are still on it.
     """
 
-    __slots__ = ("_channels", "_resolved_at", "_target", "endpoint", "suspect")
+    __slots__ = ("_access", "_channels", "_resolved_at", "_target", "endpoint", "suspect")
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, access: EtcdAccess) -> None:
         self.endpoint = endpoint
+        self._access = access
         self.suspect = True
         """A call failed since the name was resolved."""
         self._target: str | None = None
@@ -91,7 +98,7 @@ class _Member:
                 self.suspect = False
                 if target != self._target:
                     self._target = target
-                    self._channels.append(open_channel(self.endpoint, target))
+                    self._channels.append(self._access.open_channel(self.endpoint, target))
             self._resolved_at = now
         return self._channels[-1]
 
@@ -108,11 +115,29 @@ class EtcdClient:
     etcd will not accept.
     """
 
-    def __init__(self, endpoints: Sequence[str], *, timeout_s: float = 5.0) -> None:
-        """Raises: ConfigError for an endpoint that is none."""
-        self._members = [_Member(e) for e in parse_endpoints(",".join(endpoints))]
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        timeout_s: float = 5.0,
+        access: EtcdAccess | None = None,
+        seal: Seal | None = None,
+    ) -> None:
+        """`seal`: what records are proven with.
+
+        Raises: ConfigError for an endpoint that is none.
+        """
+        self._access = access or EtcdAccess()
+        self._seal = seal or Seal(None)
+        self._members = [_Member(e, self._access) for e in parse_endpoints(",".join(endpoints))]
         self._current = 0
         self.timeout_s = timeout_s
+
+    @classmethod
+    def of(cls, config: EtcdConfig, seal: Seal | None = None) -> EtcdClient:
+        """Raises: ConfigError."""
+        address = config.etcd_addr or DEFAULT_ETCD_ADDR
+        return cls([address], access=EtcdAccess.of(config), seal=seal)
 
     @property
     def addresses(self) -> str:
@@ -147,7 +172,8 @@ class EtcdClient:
                     waiting = True
             except EtcdRefused as error:
                 raise ConfigError(
-                    f"{error}: expected an etcd 3.4 or newer without authentication"
+                    f"{error}: expected an etcd 3.4 or newer, that lets us in: without"
+                    " authentication, or with a right --etcd_user and password for /xllm/"
                 ) from None
             else:
                 if waiting:
@@ -171,7 +197,7 @@ class EtcdClient:
         Raises: Compacted.
         """
         response = await self._call("KV", "Range", wire.one_key(key, revision))
-        return wire.key_value(response.kvs[0]) if response.kvs else None
+        return self._opened(wire.key_value(response.kvs[0])) if response.kvs else None
 
     async def range(self, prefix: str) -> Snapshot:
         """All keys under `prefix` at one revision, read a page at a time."""
@@ -186,7 +212,7 @@ class EtcdClient:
         )
         while True:
             response = await self._call("KV", "Range", request)
-            kvs.extend(map(wire.key_value, response.kvs))
+            kvs.extend(self._opened(wire.key_value(kv)) for kv in response.kvs)
             if not request.revision:
                 request.revision = response.header.revision
             if not response.more:
@@ -208,6 +234,7 @@ class EtcdClient:
 
         Raises: RequestTooLarge, LeaseNotFound.
         """
+        value = self._seal.close(key, value, lease_id)
         if len(key) + len(value) > MAX_REQUEST_BYTES:
             raise RequestTooLarge(
                 f"{key} with {len(value)} bytes: etcd takes {MAX_REQUEST_BYTES} per request"
@@ -236,8 +263,8 @@ class EtcdClient:
         """
         request = pb.TxnRequest(
             compare=[wire.compare(c) for c in compare],
-            success=[wire.request_op(op) for op in success],
-            failure=[wire.request_op(op) for op in failure],
+            success=[wire.request_op(self._closed(op)) for op in success],
+            failure=[wire.request_op(self._closed(op)) for op in failure],
         )
         size = request.ByteSize()
         if size > MAX_REQUEST_BYTES:
@@ -246,7 +273,7 @@ class EtcdClient:
             )
         response = await self._call("KV", "Txn", request)
         gets = tuple(
-            wire.key_value(r.response_range.kvs[0]) if r.response_range.kvs else None
+            self._opened(wire.key_value(r.response_range.kvs[0])) if r.response_range.kvs else None
             for r in response.responses
             if r.HasField("response_range")
         )
@@ -273,9 +300,9 @@ class EtcdClient:
     async def keep_alive(self, lease_id: int, *, attempt_s: float, timeout_s: float) -> int:
         """Returns the seconds from now that the lease will live; 0: it is gone."""
 
-        async def once(channel: grpc.aio.Channel, attempt_s: float) -> int:
+        async def once(channel: grpc.aio.Channel, attempt_s: float, metadata: Metadata) -> int:
             call = pb.LeaseStub(channel).LeaseKeepAlive(
-                iter((pb.LeaseKeepAliveRequest(ID=lease_id),)), timeout=attempt_s
+                iter((pb.LeaseKeepAliveRequest(ID=lease_id),)), timeout=attempt_s, metadata=metadata
             )
             response = await call.read()
             if not isinstance(response, pb.LeaseKeepAliveResponse):  # end of the stream
@@ -345,7 +372,8 @@ class EtcdClient:
         try:
             channel = await member.channel(self.timeout_s)
             # Else a member that has lost the majority would keep silent for ever.
-            call = pb.WatchStub(channel).Watch(metadata=(("hasleader", "true"),))
+            metadata = await self._access.metadata(channel, self.timeout_s)
+            call = pb.WatchStub(channel).Watch(metadata=(("hasleader", "true"), *metadata))
             try:
                 yield call
             finally:
@@ -353,24 +381,39 @@ class EtcdClient:
         except grpc.aio.AioRpcError as error:
             self._give_up_on(index)
             raise from_grpc(error, str(member.endpoint)) from None
-        except EtcdUnavailable:
-            self._give_up_on(index)
+        except EtcdUnavailable as error:
+            if not self._access.is_renewable(str(error)):
+                self._give_up_on(index)
             raise
+
+    def opened(self, changes: Sequence[Change]) -> list[Change]:
+        """What a watch has brought, with values whose proof was right, or that need none."""
+        return [Change(change.kind, self._opened(change.kv)) for change in changes]
+
+    def _opened(self, kv: KeyValue) -> KeyValue:
+        value = self._seal.open(kv.key, kv.value, kv.lease, kv.mod_revision)
+        return kv if value is kv.value else replace(kv, value=value)
+
+    def _closed(self, op: Op) -> Op:
+        if not isinstance(op, Put):
+            return op
+        return replace(op, value=self._seal.close(op.key, op.value, op.lease_id))
 
     async def _call(
         self, service: str, method: str, request: Any, timeout_s: float | None = None
     ) -> Any:
         stub_type = getattr(pb, f"{service}Stub")
 
-        async def once(channel: grpc.aio.Channel, attempt_s: float) -> Any:
-            return await getattr(stub_type(channel), method)(request, timeout=attempt_s)
+        async def once(channel: grpc.aio.Channel, attempt_s: float, metadata: Metadata) -> Any:
+            call = getattr(stub_type(channel), method)
+            return await call(request, timeout=attempt_s, metadata=metadata)
 
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         return await self._try_members(once, timeout_s, timeout_s / len(self._members))
 
     async def _try_members(
         self,
-        once: Callable[[grpc.aio.Channel, float], Awaitable[_T]],
+        once: Callable[[grpc.aio.Channel, float, Metadata], Awaitable[_T]],
         timeout_s: float,
         attempt_s: float,
     ) -> _T:
@@ -383,8 +426,12 @@ class EtcdClient:
             member = self._members[index]
             try:
                 left_s = min(attempt_s, deadline - loop.time())
-                return await once(await member.channel(left_s), left_s)
+                channel = await member.channel(left_s)
+                metadata = await self._access.metadata(channel, left_s)
+                return await once(channel, left_s, metadata)
             except grpc.aio.AioRpcError as error:
+                if self._access.is_renewable(error.details() or ""):
+                    continue
                 failure = from_grpc(error, str(member.endpoint))
             except EtcdUnavailable as error:
                 failure = error

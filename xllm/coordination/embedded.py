@@ -22,6 +22,7 @@ from xllm.config import DEFAULT_ETCD_ADDR, EtcdConfig
 from xllm.coordination import etcd_keeper
 from xllm.coordination.client import EtcdClient
 from xllm.errors import ConfigError, EtcdUnavailable
+from xllm.security.seal import Seal
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def is_embedded(member_names: Collection[str]) -> bool:
 
 
 async def ensure_etcd(
-    config: EtcdConfig, *, wait_s: float = 30.0
+    config: EtcdConfig, *, wait_s: float = 30.0, seal: Seal | None = None
 ) -> tuple[EtcdClient, EmbeddedEtcd | None]:
     """A client of an etcd that answers; for a master, which may have to start one.
 
@@ -175,7 +176,7 @@ async def ensure_etcd(
     started there: then it is the caller's to stop.
     Raises: EtcdUnavailable after `wait_s`; ConfigError if etcd has to be started and cannot be.
     """
-    client = EtcdClient([config.etcd_addr or DEFAULT_ETCD_ADDR])
+    client = EtcdClient.of(config, seal)
     try:
         if config.etcd_addr is not None:
             await client.connect(wait_s)

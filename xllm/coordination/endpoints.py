@@ -1,4 +1,4 @@
-"""Where etcd is: `--etcd_addr` parsed, host names resolved, channels made.
+"""Where etcd is: `--etcd_addr` parsed, host names resolved.
 
 Names are resolved here and not by gRPC, whose own resolver follows proxies and resolver settings
 of the environment; addresses are tried IPv4 first, because etcd's default binds only that.
@@ -10,8 +10,6 @@ import asyncio
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import grpc
 
 from xllm.errors import ConfigError, EtcdUnavailable
 
@@ -78,13 +76,9 @@ def _is_name(host: str) -> bool:
     return True
 
 
-def open_channel(endpoint: Endpoint, target: str) -> grpc.aio.Channel:
-    """A channel to `target`, an address of the endpoint; it connects when it is used."""
-    options: list[tuple[str, int | str]] = list(_OPTIONS)
-    if not endpoint.tls:
-        return grpc.aio.insecure_channel(target, options=options)
-    options.append(("grpc.ssl_target_name_override", endpoint.host))
-    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=options)
+def channel_options() -> list[tuple[str, int | str]]:
+    """Of every channel to etcd; the caller's own."""
+    return list(_OPTIONS)
 
 
 async def resolve(endpoint: Endpoint, timeout_s: float) -> str:

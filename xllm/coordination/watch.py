@@ -163,7 +163,7 @@ async def _stream(client: EtcdClient, history: _History) -> AsyncGenerator[list[
                 # A fragment may end amid a revision, whose changes have to stay together.
                 cut = _start_of_last_revision(events) if response.fragment else len(events)
                 if changes := history.advance(events[:cut]):
-                    yield changes
+                    yield client.opened(changes)
                 del events[:cut]
 
 

@@ -27,7 +27,9 @@ def one_key(key: str, revision: int = 0) -> Any:
 
 
 def key_value(kv: Any) -> KeyValue:
-    return KeyValue(kv.key.decode(), kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+    # Not everybody who writes to etcd writes what we do.
+    key = kv.key.decode(errors="backslashreplace")
+    return KeyValue(key, kv.value, kv.create_revision, kv.mod_revision, kv.lease)
 
 
 def change(event: Any) -> Change:

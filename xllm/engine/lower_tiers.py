@@ -36,6 +36,7 @@ from xllm.engine.memory import available_memory_bytes
 from xllm.engine.runner import Runner
 from xllm.errors import ConfigError
 from xllm.protocol import WorkerId
+from xllm.security.trust import ANYBODY, Trust
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class LowerTiersFactory:
         io: VectorIO = OS_IO,
         peer_id: WorkerId | None = None,
         peer_limits: PeerLimits | None = None,
+        peer_trust: Trust = ANYBODY,
     ) -> None:
         """`peer_id`: what this worker calls itself to those it fetches from; None: it fetches from
         nobody, and lends nothing."""
@@ -114,6 +116,7 @@ class LowerTiersFactory:
         self._io = io
         self._peer_id = peer_id if runner.config.enable_prefix_cache else None
         self._peer_limits = peer_limits
+        self._peer_trust = peer_trust
 
     def __call__(
         self, pool: BlockPool, root: CacheRoot, on_ended: Callable[[], None]
@@ -138,7 +141,9 @@ class LowerTiersFactory:
         peers = lender = None
         if self._peer_id is not None:
             layout = peer_layout(self._runner, root)
-            client = PeerClient(self._peer_id, layout, device, mover, self._peer_limits)
+            client = PeerClient(
+                *(self._peer_id, layout, device, mover, self._peer_limits), self._peer_trust
+            )
             peers = Peers(client, PeerBook(time.monotonic))
             lender = Lender(pool, device, host, disk)
         return Tiers(

@@ -15,6 +15,7 @@ from xllm.protocol import MasterId, WorkerInfo
 from xllm.roles.registry import Registry
 from xllm.roles.stream import StreamLimits
 from xllm.roles.stream_client import WorkerStream
+from xllm.security.trust import ANYBODY, Trust
 from xllm.telemetry import Metrics
 
 
@@ -22,8 +23,13 @@ class Cluster:
     """Knows nobody until `follow` runs."""
 
     def __init__(
-        self, master_id: MasterId, metrics: Metrics, limits: StreamLimits | None = None
+        self,
+        master_id: MasterId,
+        metrics: Metrics,
+        limits: StreamLimits | None = None,
+        trust: Trust = ANYBODY,
     ) -> None:
+        self._trust = trust
         self.registry: Registry[WorkerStream] = Registry(self._make_stream)
         self._master_id = master_id
         self._metrics = metrics
@@ -64,6 +70,7 @@ class Cluster:
         return WorkerStream(
             *(info, self._master_id, self._settle, self._limits),
             on_lost=self._metrics.worker_streams_lost.inc,
+            trust=self._trust,
         )
 
     def _settle(self) -> None:

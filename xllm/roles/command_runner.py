@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 
 from xllm.coordination import (
-    DELETE,
     PUT,
     Change,
     CompareLease,
@@ -35,7 +34,7 @@ from xllm.coordination import (
 from xllm.coordination.records import Compare
 from xllm.errors import EtcdUnavailable, XllmError
 from xllm.protocol import Command, CommandState, Epoch, WorkerId
-from xllm.roles.commands import Done, decode_command, encode_command, is_ended
+from xllm.roles.commands import LEASE_S, Done, decode_command, encode_command, is_ended
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +56,9 @@ class CommandRunner:
         self._epochs: set[Epoch] = {session.epoch}
         """Of this process."""
         session.on_new_epoch(self._epochs.add)
-        self._begun: set[str] = set()
-        """Commands that this process has taken up, by id, for as long as they are in etcd."""
+        self._begun: dict[str, float] = {}
+        """Commands that this process has taken up, by id, and when: for longer than any of them is
+        valid, so that none is executed again if somebody puts it back."""
         self._slots = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def run(self) -> None:
@@ -70,12 +70,9 @@ class CommandRunner:
         ):
             async for update in updates:
                 if isinstance(update, Snapshot):
-                    self._begun &= {_command_id(kv) for kv in update.kvs}
                     update = [Change(PUT, kv) for kv in update.kvs]
                 for change in update:
-                    if change.kind is DELETE:
-                        self._begun.discard(_command_id(change.kv))
-                    elif (command := self._take_up(change.kv)) is not None:
+                    if change.kind is PUT and (command := self._take_up(change.kv)) is not None:
                         await self._slots.acquire()
                         task = tasks.create_task(self._handle(change.kv, command))
                         task.add_done_callback(lambda _: self._slots.release())
@@ -85,10 +82,17 @@ class CommandRunner:
         command = decode_command(kv.value)
         if command is None or is_ended(command) or command.command_id in self._begun:
             return None
-        self._begun.add(command.command_id)
+        now = time.monotonic()
+        while self._begun and next(iter(self._begun.values())) < now - 3 * LEASE_S:
+            del self._begun[next(iter(self._begun))]
+        self._begun[command.command_id] = now
         return command
 
     async def _handle(self, kv: KeyValue, command: Command) -> None:
+        if abs(time.time() - command.created_at) > LEASE_S:
+            reason = f"it was given over {LEASE_S} s ago, or the clocks differ by so much"
+            await self._write(kv, _ended(command, error=reason))
+            return
         if command.epoch not in self._epochs:
             reason = "it was meant for an earlier run of this worker"
             if command.state is CommandState.RUNNING:
@@ -148,10 +152,6 @@ class CommandRunner:
                 return None
             # The command is as it was, so our registration is not: it is about to be put again.
             await asyncio.sleep(RETRY_S)
-
-
-def _command_id(kv: KeyValue) -> str:
-    return kv.key.rpartition("/")[2]
 
 
 def _ended(command: Command, *, outcome: dict[str, Any] | None = None, error: str = "") -> Command:

@@ -47,7 +47,10 @@ def encode_command(command: Command) -> bytes:
 
 
 def decode_command(value: bytes) -> Command | None:
-    """None, and a line in the log, for what is no command."""
+    """None, and a line in the log, for what is no command; an empty one had no right proof, and
+    its line."""
+    if not value:
+        return None
     try:
         return decode_json(value, Command)
     except ValueError as error:

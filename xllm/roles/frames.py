@@ -7,10 +7,13 @@ The master connects and speaks first:
 
     master                                worker
       Hello(version, ids, epoch)  ──────>
+    [                             <──────   Challenge(nonce)
+      Proof(mac)                  ──────>                                                    ]
                                   <──────   Welcome(version, id, epoch), or Goodbye(reason)
       Submit, Cancel, Ping, ...   ──────>
                                   <──────   Step, Refused, Pong, ...
 
+Challenge and Proof only where there is a cluster secret: `security/secret.py` says what is proven.
 Until the handshake is over a frame may have `MAX_HANDSHAKE_BYTES`: whoever is not known yet cannot
 make this process hold more than that. After it, the limits are those of the longest request and
 of the largest tokenizer.
@@ -64,6 +67,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
     epoch: Epoch
     session: int
     """Names this connection among the master's to this worker: see `protocol.Watermark`."""
+    nonce: bytes = b""
+    """New for each connection, from a master that has a secret and wants it proven; else empty."""
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -86,12 +91,20 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=4):
     pass
 
 
+class Proof(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """Answer to `Challenge`: the master knows the secret."""
+
+    mac: bytes
+
+
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=16):
     """Answer to `Hello`; sent again when the worker's epoch changes under a live connection."""
 
     protocol_version: int
     worker_id: WorkerId
     epoch: Epoch
+    proof: bytes = b""
+    """In the first one, if the secret was asked for: the worker knows it, too."""
 
 
 class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag=17):
@@ -135,12 +148,23 @@ class Draining(msgspec.Struct, frozen=True, array_like=True, tag=22):
     """The worker takes no new requests from now on; running ones go on."""
 
 
-ToWorker = Hello | Submit | Cancel | GetTokenizer | Ping
-ToMaster = Welcome | Goodbye | Step | Refused | TokenizerReply | Pong | Draining
+class Challenge(msgspec.Struct, frozen=True, array_like=True, tag=23):
+    """The worker wants the secret proven."""
+
+    nonce: bytes
+
+
+ToWorker = Hello | Submit | Cancel | GetTokenizer | Ping | Proof
+ToMaster = Welcome | Goodbye | Step | Refused | TokenizerReply | Pong | Draining | Challenge
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _to_worker: Final[msgspec.msgpack.Decoder[ToWorker]] = msgspec.msgpack.Decoder(ToWorker)
 _to_master: Final[msgspec.msgpack.Decoder[ToMaster]] = msgspec.msgpack.Decoder(ToMaster)
+
+
+def encode(message: ToWorker | ToMaster) -> bytes:
+    """What `append_frame` puts behind the length: what is proven in the handshake."""
+    return _encoder.encode(message)
 
 
 def append_frame(buffer: bytearray, message: ToWorker | ToMaster, max_bytes: int) -> None:

@@ -13,8 +13,10 @@ from xllm.security.api_keys import ApiKeys
 from xllm.security.files import read_private_line
 from xllm.security.operator_key import OperatorKey
 from xllm.security.rate_limit import RateLimits
+from xllm.security.seal import Seal
 from xllm.security.secret import MIN_SECRET_CHARS, ClusterSecret
 from xllm.security.tls import Tls
+from xllm.security.trust import Trust
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +24,13 @@ LOOPBACK = "127.0.0.1"
 
 
 class Guards:
-    """Everything here is None where its flag was not given."""
+    """What has no flag is None, or lets everybody through."""
 
     def __init__(self, config: MasterConfig | WorkerConfig, reload: Reload) -> None:
         """Raises: ConfigError for a file that cannot be used."""
         security = config.security
         self.secret = _read_secret(security.cluster_secret_file)
+        self.seal = Seal(self.secret)
         self.tls = Tls.of(security)
         self.operator_key: OperatorKey | None = None
         self.api: Authenticator | None = None
@@ -50,6 +53,10 @@ class Guards:
                 "no_tls reason='--cluster_secret_file keeps strangers out, but whoever is on the"
                 " path between processes can read and change what they say: see --tls_cert'"
             )
+
+    def trust(self, purpose: str) -> Trust:
+        """What connections of one kind ask of each other."""
+        return Trust.of(self.secret, self.tls, purpose)
 
     def operator_host(self, config: MasterConfig | WorkerConfig) -> str:
         """What the operator port binds."""

@@ -20,6 +20,8 @@ def encode_word(word: LeaderWord) -> bytes:
 
 def decode_word(value: bytes) -> LeaderWord | None:
     """None, and a line in the log, for what is no word of a leader."""
+    if not value:
+        return None
     try:
         return decode_json(value, LeaderWord)
     except ValueError as error:

@@ -23,6 +23,7 @@ from xllm.engine.runner import Runner
 from xllm.engine.weights import weight_files
 from xllm.model_store import default_model_id, resolve_model
 from xllm.protocol import ModelCard, WorkerId
+from xllm.security.trust import ANYBODY, Trust
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class LoadedModel:
     card: ModelCard
     runner: Runner
     engine: Engine
+    peer_trust: Trust
 
     def serve_blocks(self, worker_id: WorkerId, listening: socket.socket) -> PeerServer:
         """Serves this worker's blocks to its peers on a bound socket, until it is closed: before
@@ -43,8 +45,12 @@ class LoadedModel:
         assert engine.tiers is not None
         assert engine.tiers.lender is not None
         layout = peer_layout(self.runner, engine.root)
-        lender, lock = engine.tiers.lender, engine.cache_lock
-        server = PeerServer(worker_id, layout, lender, lock, is_busy=lambda: engine.is_busy)
+        lender, books = engine.tiers.lender, engine.books
+        server = PeerServer(
+            *(worker_id, layout, lender, books),
+            is_busy=lambda: engine.is_busy,
+            trust=self.peer_trust,
+        )
         server.start(listening)
         return server
 
@@ -53,6 +59,7 @@ def load_model(
     config: EngineConfig,
     observers: Mapping[TierName, BlockObserver],
     peer_id: WorkerId | None = None,
+    peer_trust: Trust = ANYBODY,
 ) -> LoadedModel:
     """Finds or fetches the model, loads its weights, takes the memory of its cache, and says what
     it takes. `peer_id`: see `LowerTiersFactory`.
@@ -86,6 +93,6 @@ def load_model(
         created=int(time.time()),
     )
     check_memory(runner)
-    factory = LowerTiersFactory(runner, observers, peer_id=peer_id)
+    factory = LowerTiersFactory(runner, observers, peer_id=peer_id, peer_trust=peer_trust)
     engine = Engine(runner, factory, observers.get(TierName.DEVICE))
-    return LoadedModel(folder, card, runner, engine)
+    return LoadedModel(folder, card, runner, engine, peer_trust)

@@ -82,7 +82,7 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
             started_at=time.time(),
         )
         tokenizer = await _load_tokenizer(config)
-        cluster = Cluster(info.master_id, metrics)
+        cluster = Cluster(info.master_id, metrics, trust=guards.trust("stream"))
         global_index = GlobalIndex(keys, cluster.registry.answers, metrics)
         cluster.registry.on_gone(global_index.forget)
         router = make_router(
@@ -129,7 +129,7 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
         tasks.create_task(measure_event_loop_lag(metrics))
         logger.info("master_listening url=%s://%s", "https" if tls else "http", address)
 
-        client, embedded = await ensure_etcd(config.etcd)
+        client, embedded = await ensure_etcd(config.etcd, seal=guards.seal)
         if embedded is not None:
             keeper = _EmbeddedEtcdKeeper(config.etcd, embedded)
             etcd_stack.push_async_callback(keeper.stop)

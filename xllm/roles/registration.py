@@ -89,6 +89,8 @@ def decode_worker(kv: KeyValue) -> WorkerInfo | None:
 
     Fields that this version does not know are passed over: they are a later one's.
     """
+    if not kv.value:
+        return None
     try:
         info = decode_json(kv.value, WorkerInfo)
         _check_worker(kv, info)
@@ -141,6 +143,8 @@ def _check_worker(kv: KeyValue, info: WorkerInfo) -> None:
 
 def decode_master(kv: KeyValue) -> MasterInfo | None:
     """None, and a line in the log, for a value that is no registration."""
+    if not kv.value:
+        return None
     try:
         return decode_json(kv.value, MasterInfo)
     except ValueError as error:

@@ -145,7 +145,7 @@ class Registry(Generic[StreamT]):
         for change in update:
             worker_id = _worker_id(change.kv)
             self._loads.pop(worker_id, None)
-            if change.kind is PUT:
+            if change.kind is PUT and change.kv.value:
                 if (load := decode_load(change.kv)) is not None:
                     self._loads[worker_id] = load
                 self._report(self._members.get(worker_id))

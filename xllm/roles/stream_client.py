@@ -37,6 +37,7 @@ from xllm.roles.delta_queue import Listener
 from xllm.roles.liveness import Health, StepWatch, judge
 from xllm.roles.stream import StreamLimits
 from xllm.roles.stream_connection import WorkerConnection
+from xllm.security.trust import ANYBODY, Trust
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class WorkerStream:
         limits: StreamLimits | None = None,
         rng: random.Random | None = None,
         on_lost: Callable[[], None] = lambda: None,
+        trust: Trust = ANYBODY,
     ) -> None:
+        self.trust = trust
         self.info = info
         self.state = StreamState.CONNECTING
         self.draining = False
@@ -180,10 +183,13 @@ class WorkerStream:
     async def _connect(self, connection: WorkerConnection) -> bool:
         """Whether there is a connection and its handshake is done."""
         host, _, port = self.info.address.rpartition(":")
+        tls = None if self.trust.tls is None else self.trust.tls.to_member()
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.limits.connect_s):
-                await loop.create_connection(lambda: connection, host.strip("[]"), int(port))
+                await loop.create_connection(
+                    lambda: connection, host.strip("[]"), int(port), ssl=tls
+                )
             async with asyncio.timeout(self.limits.connect_s):
                 return await connection.shaken
         except (OSError, TimeoutError, ValueError) as error:  # ValueError: a name that is none

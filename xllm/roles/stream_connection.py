@@ -6,16 +6,23 @@ What is said on it after the handshake is its `WorkerStream`'s business; so is c
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from xllm.errors import NoWorker, RequestError, WorkerLost
 from xllm.protocol import PROTOCOL_VERSION
 from xllm.roles import frames
 from xllm.roles.liveness import Health
 from xllm.roles.stream import FrameProtocol
+from xllm.security.secret import new_nonce
+from xllm.security.trust import FIX, NO_PROOF, NO_SECRET_HERE, WRONG_PROOF
 
 if TYPE_CHECKING:
     from xllm.roles.stream_client import WorkerStream
+
+logger = logging.getLogger(__name__)
 
 
 class WorkerConnection(FrameProtocol):
@@ -32,21 +39,25 @@ class WorkerConnection(FrameProtocol):
         self._has_left = False
         """The worker has said goodbye."""
         self._ping_handle: asyncio.TimerHandle | None = None
+        self._said: list[bytes] = []
+        """The handshake so far, from both sides: what is proven."""
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
 
     def on_open(self) -> None:
         info = self._stream.info
-        self.send(
-            frames.Hello(
-                PROTOCOL_VERSION,
-                self._stream.master_id,
-                info.worker_id,
-                info.epoch,
-                self._session,
-            )
+        has_secret = self._stream.trust.key is not None
+        hello = frames.Hello(
+            PROTOCOL_VERSION,
+            self._stream.master_id,
+            info.worker_id,
+            info.epoch,
+            self._session,
+            new_nonce() if has_secret else b"",
         )
+        self._said = [frames.encode(hello)]
+        self.send(hello)
 
     def on_closed(self, reason: str) -> None:
         if self._ping_handle is not None:
@@ -66,6 +77,8 @@ class WorkerConnection(FrameProtocol):
         match message:
             case frames.Welcome():
                 self._be_welcome(message)
+            case frames.Challenge() if not self.shaken.done():
+                self._prove(bytes(frame))
             case frames.Goodbye(reason):
                 self._has_left = True
                 self.abort(f"the worker says: {reason}")
@@ -73,6 +86,31 @@ class WorkerConnection(FrameProtocol):
                 self._stream.handle(message)
             case _:
                 raise frames.FrameError("no handshake")
+
+    def _prove(self, challenge: bytes) -> None:
+        key = self._stream.trust.key
+        if key is None:
+            raise frames.FrameError(f"{NO_SECRET_HERE}: {FIX}")
+        if len(self._said) != 1:
+            raise frames.FrameError("a second challenge")
+        self._said.append(challenge)
+        proof = frames.Proof(key.prove("master", *self._said))
+        self._said.append(frames.encode(proof))
+        self.send(proof)
+
+    def _check_proof(self, welcome: frames.Welcome) -> None:
+        """Raises: FrameError unless the worker knows the secret too, or there is none."""
+        key = self._stream.trust.key
+        if key is None:
+            return
+        unproven = frames.encode(msgspec.structs.replace(welcome, proof=b""))
+        was_asked = len(self._said) == 3
+        if not was_asked or not key.check(welcome.proof, "worker", *self._said, unproven):
+            reason = WRONG_PROOF if was_asked else NO_PROOF
+            logger.error(
+                "worker_not_trusted worker_id=%s reason='%s'", self._stream.worker_id, reason
+            )
+            raise frames.FrameError(f"{reason}: {FIX}")
 
     def _be_welcome(self, welcome: frames.Welcome) -> None:
         stream = self._stream
@@ -86,6 +124,7 @@ class WorkerConnection(FrameProtocol):
             )
         if self.shaken.done():
             return
+        self._check_proof(welcome)
         if welcome.epoch != expected.epoch:
             raise frames.FrameError(f"reached epoch {welcome.epoch}, not {expected.epoch}")
         self.accept_frames_of(frames.MAX_TO_MASTER_BYTES)

@@ -29,6 +29,9 @@ from xllm.protocol import (
 from xllm.roles import frames
 from xllm.roles.delta_queue import Listener
 from xllm.roles.stream import FrameProtocol, StreamLimits
+from xllm.security.secret import NONCE_BYTES, new_nonce
+from xllm.security.tls import HANDSHAKE_S
+from xllm.security.trust import ANYBODY, FIX, NO_PROOF, NO_SECRET_HERE, WRONG_PROOF, Trust
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,9 @@ class StreamServer:
         engine: RequestEngine,
         tokenizer: TokenizerFiles,
         limits: StreamLimits | None = None,
+        trust: Trust = ANYBODY,
     ) -> None:
+        self.trust = trust
         self.worker_id = worker_id
         self.epoch = epoch
         self.engine = engine
@@ -75,7 +80,11 @@ class StreamServer:
         """Serves on a bound socket, which it owns from now on."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: MasterConnection(self), sock=listening, backlog=self.limits.max_connections
+            lambda: MasterConnection(self),
+            sock=listening,
+            backlog=self.limits.max_connections,
+            ssl=None if self.trust.tls is None else self.trust.tls.for_members(),
+            ssl_handshake_timeout=None if self.trust.tls is None else HANDSHAKE_S,
         )
 
     def close(self) -> None:
@@ -111,6 +120,16 @@ class StreamServer:
         self.epoch = epoch
         for connection in self.connections:
             connection.announce()
+
+    def make_room(self, newcomer: MasterConnection) -> bool:
+        """Whether there is room for one more. Whoever only holds a connection loses it first:
+        masters say who they are within milliseconds."""
+        if len(self.connections) <= self.limits.max_connections:
+            return True
+        strangers = [c for c in self.connections if c.master_id is None and c is not newcomer]
+        if strangers:
+            min(strangers, key=lambda c: c.opened_at).abort("others wait to say who they are")
+        return bool(strangers)
 
     @property
     def num_requests(self) -> int:
@@ -148,7 +167,9 @@ class MasterConnection(FrameProtocol):
         self._num_ended = 0
         self._open: dict[tuple[str, int, int], _OpenRequest] = {}
         self._step: list[TokenDelta] = []
-        self._handshake_by = 0.0
+        self.opened_at = 0.0
+        self._asked: tuple[frames.Hello, bytes, bytes] | None = None
+        """Who has yet to prove that it knows the secret: Hello, and it and Challenge as said."""
         self._check_handle: asyncio.TimerHandle | None = None
 
     @property
@@ -172,10 +193,10 @@ class MasterConnection(FrameProtocol):
 
     def on_open(self) -> None:
         self._server.connections.add(self)
-        if len(self._server.connections) > self.limits.max_connections:
+        self.opened_at = self.loop.time()
+        if not self._server.make_room(self):
             self.abort("too many connections")
             return
-        self._handshake_by = self.loop.time() + self.limits.connect_s
         self._check_handle = self.loop.call_later(self.limits.ping_s, self._check)
 
     def on_closed(self, reason: str) -> None:
@@ -199,7 +220,10 @@ class MasterConnection(FrameProtocol):
     def on_frame(self, frame: memoryview) -> None:
         message = frames.decode_to_worker(frame)
         if self.master_id is None:
-            self._shake_hands(message)
+            if self._asked is None:
+                self._meet(message, bytes(frame))
+            else:
+                self._check_proof(message, bytes(frame))
             return
         match message:
             case frames.Submit(request):
@@ -210,14 +234,14 @@ class MasterConnection(FrameProtocol):
                 self.send(frames.Pong(self._server.engine.step_counter))
             case frames.GetTokenizer():
                 self._send_tokenizer()
-            case frames.Hello():
+            case frames.Hello() | frames.Proof():
                 raise frames.FrameError("a second handshake")
 
-    def _shake_hands(self, message: frames.ToWorker) -> None:
-        """A later proof of a shared secret belongs here: until this returns, nothing is served."""
+    def _meet(self, message: frames.ToWorker, said: bytes) -> None:
         server = self._server
         if not isinstance(message, frames.Hello):
             raise frames.FrameError("no handshake")
+        has_secret = server.trust.key is not None
         if message.protocol_version != PROTOCOL_VERSION:
             self.leave(
                 f"protocol version {message.protocol_version} of the master is not "
@@ -225,20 +249,49 @@ class MasterConnection(FrameProtocol):
             )
         elif message.worker_id != server.worker_id:
             self.leave(f"this is worker {server.worker_id}, not {message.worker_id}")
+        elif has_secret != bool(message.nonce):
+            self._distrust(message, NO_PROOF if has_secret else NO_SECRET_HERE)
+        elif has_secret:
+            challenge = frames.Challenge(new_nonce())
+            self._asked = (message, said, frames.encode(challenge))
+            self.send(challenge)
         else:
-            self.master_id = message.master_id
-            self._session = message.session
-            self.accept_frames_of(frames.MAX_TO_WORKER_BYTES)
-            self.announce()
-            if server.draining:
-                self.send(frames.Draining())
-            logger.info("master_connected master_id=%s", message.master_id)
+            self._accept(message)
+
+    def _check_proof(self, message: frames.ToWorker, said: bytes) -> None:
+        server, key = self._server, self._server.trust.key
+        assert self._asked is not None
+        assert key is not None
+        hello, *before = self._asked
+        if not isinstance(message, frames.Proof):
+            raise frames.FrameError("no proof")
+        if len(hello.nonce) != NONCE_BYTES or not key.check(message.mac, "master", *before):
+            self._distrust(hello, WRONG_PROOF)
+            return
+        welcome = frames.Welcome(PROTOCOL_VERSION, server.worker_id, server.epoch)
+        self._accept(hello, key.prove("worker", *before, said, frames.encode(welcome)))
+
+    def _distrust(self, hello: frames.Hello, reason: str) -> None:
+        logger.error("master_not_trusted master_id=%r reason='%s'", hello.master_id, reason)
+        self.leave(f"{reason}: {FIX}")
+
+    def _accept(self, hello: frames.Hello, proof: bytes = b"") -> None:
+        """From now on the master is served."""
+        server = self._server
+        self.master_id = hello.master_id
+        self._session = hello.session
+        self._asked = None
+        self.accept_frames_of(frames.MAX_TO_WORKER_BYTES)
+        self.send(frames.Welcome(PROTOCOL_VERSION, server.worker_id, server.epoch, proof))
+        if server.draining:
+            self.send(frames.Draining())
+        logger.info("master_connected master_id=%s", hello.master_id)
 
     def _check(self) -> None:
         """Ends a connection that never said who it is, or whose other side is silently gone."""
         now = self.loop.time()
         silence_s = self.silence.check(now)
-        if self.master_id is None and now > self._handshake_by:
+        if self.master_id is None and now > self.opened_at + self.limits.connect_s:
             self.abort("no handshake in time")
         elif silence_s > self.limits.lost_s:
             self.abort(f"silent for {silence_s:.1f} s")

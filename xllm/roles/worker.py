@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from xllm.config import DEFAULT_ETCD_ADDR, EngineConfig, WorkerConfig
+from xllm.config import EngineConfig, WorkerConfig
 from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
 from xllm.net import advertised_host, bound_port, join_host_port, listen
@@ -40,6 +40,7 @@ from xllm.roles.operator import OperatorPort
 from xllm.roles.stream_server import StreamServer
 from xllm.roles.tier_report import block_observers
 from xllm.roles.worker_duties import run_duties
+from xllm.security.trust import ANYBODY, Trust
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer, read_tokenizer_files
 
@@ -92,14 +93,17 @@ def _listen_for_peers(
 
 
 def _load_model(
-    config: EngineConfig, metrics: Metrics, peer_id: WorkerId | None = None
+    config: EngineConfig,
+    metrics: Metrics,
+    peer_id: WorkerId | None = None,
+    peer_trust: Trust = ANYBODY,
 ) -> LoadedModel:
     # Torch's threads sleep between its operations: the native kernels have threads of their own.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Only now, because it imports torch: see there.
     from xllm.roles.loading import load_model
 
-    return load_model(config, block_observers(metrics), peer_id)
+    return load_model(config, block_observers(metrics), peer_id, peer_trust)
 
 
 class _Worker:
@@ -136,7 +140,7 @@ class _Worker:
 
     async def serve_masters(self, tasks: asyncio.TaskGroup) -> None:
         config = self.config
-        client = EtcdClient([config.etcd.etcd_addr or DEFAULT_ETCD_ADDR])
+        client = EtcdClient.of(config.etcd, self._guards.seal)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(client.close)
             keys = Keys(config.etcd.etcd_namespace)
@@ -144,7 +148,10 @@ class _Worker:
             worker_id = self._worker_id(host)
             await client.connect(ETCD_WAIT_S)
             peer_id = None if self._block_socket is None else worker_id
-            model = await asyncio.to_thread(_load_model, config.engine, self.metrics, peer_id)
+            trust = self._guards.trust("blocks")
+            model = await asyncio.to_thread(
+                _load_model, config.engine, self.metrics, peer_id, trust
+            )
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
@@ -158,7 +165,10 @@ class _Worker:
                 blocks = model.serve_blocks(worker_id, self._block_socket)
                 stack.push_async_callback(asyncio.to_thread, blocks.close)
             tokenizer = await asyncio.to_thread(read_tokenizer_files, model.folder)
-            server = StreamServer(worker_id, session.epoch, model.engine, tokenizer)
+            server = StreamServer(
+                *(worker_id, session.epoch, model.engine, tokenizer),
+                trust=self._guards.trust("stream"),
+            )
             await server.start(self._main_socket)
             stack.callback(server.close)
             session.on_new_epoch(server.change_epoch)

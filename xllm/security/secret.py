@@ -45,7 +45,9 @@ class ClusterSecret:
 
         No two pairs have the same, and without the secret nobody can name another's.
         """
-        mac = _mac(self.key("salt"), key_name.encode(), request_salt.encode(errors="surrogatepass"))
+        mac = mac_of(
+            self.key("salt"), key_name.encode(), request_salt.encode(errors="surrogatepass")
+        )
         return mac.hex()
 
 
@@ -57,7 +59,7 @@ class HandshakeKey:
 
     def prove(self, speaker: str, *said: bytes) -> bytes:
         """`speaker`'s proof; `said`: every message before it, as its bytes were sent."""
-        return _mac(self._key, speaker.encode(), *said)
+        return mac_of(self._key, speaker.encode(), *said)
 
     def check(self, proof: bytes, speaker: str, *said: bytes) -> bool:
         return hmac.compare_digest(proof, self.prove(speaker, *said))
@@ -67,7 +69,7 @@ def new_nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 
 
-def _mac(key: bytes, *parts: bytes) -> bytes:
+def mac_of(key: bytes, *parts: bytes) -> bytes:
     """Each part with its length before it, so that no two lists of parts look the same."""
     message = b"".join(_LENGTH.pack(len(part)) + part for part in parts)
     return hmac.digest(key, message, "sha256")

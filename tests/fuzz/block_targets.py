@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -14,15 +14,17 @@ import numpy as np
 
 from tests.fuzz.mutate import mutate_bytes, mutate_value, random_bytes
 from tests.fuzz.runner import Target
-from tests.fuzz.stream_targets import DeadTransport
+from tests.fuzz.stream_targets import SECRET, DeadTransport
 from xllm.cache import peer_wire as wire
 from xllm.cache.lender import LentBlock, Loan
 from xllm.cache.peer_connection import PeerConnection
 from xllm.cache.peer_fetch import BlockOutcome, BlockReceiver, Peer, PeerFetch
 from xllm.cache.peer_server import PeerServer
+from xllm.cache.peer_socket import PeerSocket
 from xllm.cache.slab_format import checksum_of
 from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash, WorkerId
+from xllm.security.trust import ANYBODY
 
 _BLOCK_BYTES = 64
 _A, _B = WorkerId("a"), WorkerId("b")
@@ -32,17 +34,20 @@ _NAMES = [BlockHash(bytes([i]) * 16) for i in range(6)]
 
 
 def _some_hello(rng: random.Random) -> bytes:
-    return _handshake(rng, wire.Hello(wire.PEER_PROTOCOL_VERSION, _B, _A, _LAYOUT))
+    nonce = b"n" * 32 if rng.random() < 0.4 else b""
+    return _handshake(rng, wire.Hello(wire.PEER_PROTOCOL_VERSION, _B, _A, _LAYOUT, nonce))
 
 
 def _some_answer(rng: random.Random) -> bytes:
-    answer: wire.Welcome | wire.Goodbye = wire.Welcome(wire.PEER_PROTOCOL_VERSION, _A)
+    answer: msgspec.Struct = wire.Welcome(wire.PEER_PROTOCOL_VERSION, _A)
     if rng.random() < 0.1:
         answer = wire.Goodbye("because")
+    elif rng.random() < 0.1:
+        answer = wire.Challenge(rng.randbytes(32))
     return _handshake(rng, answer)
 
 
-def _handshake(rng: random.Random, message: wire.Hello | wire.Welcome | wire.Goodbye) -> bytes:
+def _handshake(rng: random.Random, message: msgspec.Struct) -> bytes:
     body = msgspec.msgpack.encode(message)
     if rng.random() < 0.3:
         with contextlib.suppress(ValueError, RecursionError):  # msgpack cannot say it
@@ -64,11 +69,13 @@ class _Lender:
 
     def __init__(self) -> None:
         self.num_lent = 0
+        self.num_loans = 0
 
     def lend(self, hashes: Sequence[BlockHash]) -> Loan:
         assert 0 < len(hashes) <= self.max_blocks
         assert all(len(name) == 16 for name in hashes)
         self.num_lent += 1
+        self.num_loans += 1
         return Loan([self._block(name) for name in hashes], None)
 
     def _block(self, name: BlockHash) -> LentBlock | None:
@@ -80,6 +87,17 @@ class _Lender:
         self.num_lent -= 1
 
 
+class _Books:
+    """Nobody else uses them."""
+
+    def submit(self, work: Callable[[], None]) -> None:
+        work()
+
+
+Talk = tuple[bool, bytes]
+"""Whether the serving end wants a secret, and what comes."""
+
+
 class ServingEndTarget(Target):
     """What whoever connects to a worker's block port may send."""
 
@@ -88,37 +106,47 @@ class ServingEndTarget(Target):
     def __init__(self) -> None:
         self._lender = _Lender()
         lender: Any = self._lender
-        self._server = PeerServer(_A, _LAYOUT, lender, contextlib.nullcontext())
-        self._loop = self._server._loop
+        books: Any = _Books()
+        self._servers = [
+            PeerServer(_A, _LAYOUT, lender, books, trust=trust) for trust in (ANYBODY, SECRET)
+        ]
 
-    def make(self, rng: random.Random) -> bytes:
+    def make(self, rng: random.Random) -> Talk:
         parts = [_some_hello(rng)] if rng.random() < 0.95 else []
+        if rng.random() < 0.3:
+            parts.append(_handshake(rng, wire.Proof(rng.randbytes(32))))
         for _ in range(rng.randrange(3)):
             names = rng.choices(_NAMES, k=rng.randint(1, 5))
             parts.append(wire.encode_fetch(rng.randrange(9), names))
-        return _stream(rng, parts)
+        return rng.random() < 0.3, _stream(rng, parts)
 
-    def feed(self, data: bytes) -> None:
-        self._loop.run_until_complete(self._serve(data))
+    def feed(self, data: Talk) -> None:
+        wants_secret, said = data
+        server = self._servers[wants_secret]
+        was_lent = self._lender.num_loans
+        server._loop.run_until_complete(self._serve(server, said))
         assert self._lender.num_lent == 0
+        assert not (wants_secret and self._lender.num_loans != was_lent), "nobody knows the secret"
 
-    async def _serve(self, data: bytes) -> None:
+    async def _serve(self, server: PeerServer, data: bytes) -> None:
         """`PeerServer._serve`, but for what it does with exceptions that it does not know."""
         theirs, ours = socket.socketpair()
         with theirs, ours:
             ours.setblocking(False)
             theirs.sendall(data)
             theirs.shutdown(socket.SHUT_WR)
+            connected = PeerSocket(server._loop, ours, stalled_s=1.0)
             with contextlib.suppress(OSError, wire.WireError, TimeoutError):
-                if await self._server._shake_hands(ours):
-                    while await self._server._serve_fetch(ours):
+                if await server._shake_hands(connected):
+                    while await server._serve_fetch(connected):
                         pass
 
-    def allowed_bytes(self, data: bytes) -> int:
-        return (256 << 10) + 200 * len(data)
+    def allowed_bytes(self, data: Talk) -> int:
+        return (256 << 10) + 200 * len(data[1])
 
     def close(self) -> None:
-        self._server.close()
+        for server in self._servers:
+            server.close()
 
 
 class _Link:

@@ -40,6 +40,8 @@ from xllm.roles.leader_word import decode_word
 from xllm.roles.registration import cache_root, decode_master
 from xllm.roles.registry import Registry
 from xllm.roles.stream_client import StreamState
+from xllm.security.seal import Seal
+from xllm.security.secret import ClusterSecret
 
 _CARD = ModelCard(model_id="m", max_model_len=4096, vocab_size=300, created=0)
 _KEYS = Keys("t")
@@ -190,3 +192,42 @@ class WordTarget(Target):
 
     def allowed_bytes(self, data: bytes) -> int:
         return (64 << 10) + 100 * len(data)
+
+
+SealInput = tuple[str, bytes, int]
+"""Key, value, lease."""
+
+
+class SealTarget(Target):
+    """Records with a proof: what is not as it was closed is read as nothing."""
+
+    name = "seals"
+
+    def __init__(self) -> None:
+        seal = Seal(ClusterSecret("s" * 32))
+        key = _KEYS.worker(WorkerId("a:1"))
+        self._record = msgspec.json.encode(_INFO)
+        self._closed: SealInput = (key, seal.close(key, self._record, 7), 7)
+
+    def make(self, rng: random.Random) -> SealInput:
+        key, value, lease_id = self._closed
+        match rng.randrange(8):
+            case 0:
+                key = _KEYS.worker(WorkerId("b:1"))
+            case 1:
+                lease_id = 8
+            case 2:
+                value = random_bytes(rng)
+            case 3:
+                pass
+            case _:
+                value = mutate_bytes(rng, value)
+        return key, value, lease_id
+
+    def feed(self, data: SealInput) -> None:
+        key, value, lease_id = data
+        opened = Seal(ClusterSecret("s" * 32)).open(key, value, lease_id, revision=5)
+        assert opened == (self._record if data == self._closed else b"")
+
+    def allowed_bytes(self, data: SealInput) -> int:
+        return (64 << 10) + 20 * len(data[1])

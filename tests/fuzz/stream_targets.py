@@ -32,6 +32,8 @@ from xllm.roles import frames
 from xllm.roles.stream_client import WorkerStream
 from xllm.roles.stream_connection import WorkerConnection
 from xllm.roles.stream_server import MasterConnection, StreamServer
+from xllm.security.secret import ClusterSecret
+from xllm.security.trust import ANYBODY, Trust
 
 VOCAB_SIZE = 1000
 MAX_MODEL_LEN = 512
@@ -39,6 +41,11 @@ _WORKER, _MASTER, _EPOCH = WorkerId("w"), MasterId("m"), Epoch(7)
 _FRAME_OVERHEAD_BYTES = 256 << 10
 _BYTES_PER_BYTE = 200
 """A list of small msgpack arrays becomes Python objects of so much."""
+
+Talk = tuple[bool, list[bytes]]
+"""Whether the end that listens has a secret, and what comes in which pieces."""
+
+SECRET = Trust.of(ClusterSecret("s" * 32), None, "fuzz")
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -79,11 +86,13 @@ def _some_delta(rng: random.Random) -> TokenDelta:
 
 
 def _hello(rng: random.Random) -> frames.ToWorker:
-    return frames.Hello(PROTOCOL_VERSION, _MASTER, _WORKER, _EPOCH, rng.randrange(99))
+    nonce = b"n" * 32 if rng.random() < 0.4 else b""
+    return frames.Hello(PROTOCOL_VERSION, _MASTER, _WORKER, _EPOCH, rng.randrange(99), nonce)
 
 
 def _welcome(rng: random.Random) -> frames.ToMaster:
-    return frames.Welcome(PROTOCOL_VERSION, _WORKER, _EPOCH)
+    proof = rng.randbytes(32) if rng.random() < 0.3 else b""
+    return frames.Welcome(PROTOCOL_VERSION, _WORKER, _EPOCH, proof)
 
 
 _TO_WORKER: tuple[Callable[[random.Random], frames.ToWorker], ...] = (
@@ -92,6 +101,7 @@ _TO_WORKER: tuple[Callable[[random.Random], frames.ToWorker], ...] = (
     lambda rng: frames.Cancel(rng.choice(("r0", "r1")), rng.randrange(2), rng.randrange(2)),
     lambda rng: frames.GetTokenizer(),
     lambda rng: frames.Ping(),
+    lambda rng: frames.Proof(rng.randbytes(32)),
 )
 _TO_MASTER: tuple[Callable[[random.Random], frames.ToMaster], ...] = (
     _welcome,
@@ -101,6 +111,7 @@ _TO_MASTER: tuple[Callable[[random.Random], frames.ToMaster], ...] = (
     lambda rng: frames.TokenizerReply(TokenizerFiles({"tokenizer.json": b"{}"})),
     lambda rng: frames.Pong(12),
     lambda rng: frames.Draining(),
+    lambda rng: frames.Challenge(rng.randbytes(32)),
 )
 
 
@@ -201,6 +212,7 @@ class _Engine:
 
     def __init__(self) -> None:
         self.running: set[_Running] = set()
+        self.num_submitted = 0
 
     def submit(self, request: GenerateRequest, listener: object) -> _Running:
         check_request(request, MAX_MODEL_LEN, VOCAB_SIZE)
@@ -213,6 +225,7 @@ class _Engine:
         assert -(2**31) <= sampling.top_k < 2**31
         assert 0 <= sampling.temperature < float("inf")
         assert (sampling.logprobs or 0) <= VOCAB_SIZE
+        self.num_submitted += 1
         running = _Running(self)
         self.running.add(running)
         return running
@@ -235,37 +248,43 @@ class _Loop:
 
 
 class WorkerEndTarget(Target):
-    """A worker's connection: what a master, or whoever connects, may say to it."""
+    """A worker's connection: what a master, or whoever connects, may say to it.
+
+    Where a secret is wanted, nothing of it is served: nobody here knows that.
+    """
 
     name = "worker_stream"
 
     def __init__(self) -> None:
         self._loop = _Loop()
 
-    def make(self, rng: random.Random) -> list[bytes]:
-        return _stream(rng, _hello, _TO_WORKER)
+    def make(self, rng: random.Random) -> Talk:
+        return rng.random() < 0.3, _stream(rng, _hello, _TO_WORKER)
 
-    def feed(self, data: list[bytes]) -> None:
-        self._loop.run(lambda: self._feed(data))
+    def feed(self, data: Talk) -> None:
+        self._loop.run(lambda: self._feed(*data))
 
     def close(self) -> None:
         self._loop.close()
 
-    def _feed(self, data: list[bytes]) -> None:
+    def _feed(self, wants_secret: bool, data: list[bytes]) -> None:
         engine = _Engine()
-        server = StreamServer(_WORKER, _EPOCH, engine, TokenizerFiles({"t": b"{}"}))
+        trust = SECRET if wants_secret else ANYBODY
+        files = TokenizerFiles({"t": b"{}"})
+        server = StreamServer(_WORKER, _EPOCH, engine, files, trust=trust)
         connection = MasterConnection(server)
         connection.connection_made(DeadTransport())
         for piece in data:
             connection.data_received(piece)
         server.watermarks()
         connection.connection_lost(None)
+        assert not (wants_secret and engine.num_submitted)
         assert not server.connections
         assert not engine.running
         assert server.num_requests == 0
 
-    def allowed_bytes(self, data: list[bytes]) -> int:
-        return _allowed_bytes(data)
+    def allowed_bytes(self, data: Talk) -> int:
+        return _allowed_bytes(data[1])
 
 
 class MasterEndTarget(Target):
@@ -288,17 +307,18 @@ class MasterEndTarget(Target):
             block_bytes=1,
         )
 
-    def make(self, rng: random.Random) -> list[bytes]:
-        return _stream(rng, _welcome, _TO_MASTER)
+    def make(self, rng: random.Random) -> Talk:
+        return rng.random() < 0.3, _stream(rng, _welcome, _TO_MASTER)
 
-    def feed(self, data: list[bytes]) -> None:
-        self._loop.run(lambda: self._feed(data))
+    def feed(self, data: Talk) -> None:
+        self._loop.run(lambda: self._feed(*data))
 
     def close(self) -> None:
         self._loop.close()
 
-    def _feed(self, data: list[bytes]) -> None:
-        stream = WorkerStream(self._info, _MASTER, rng=random.Random(0))
+    def _feed(self, has_secret: bool, data: list[bytes]) -> None:
+        trust = SECRET if has_secret else ANYBODY
+        stream = WorkerStream(self._info, _MASTER, rng=random.Random(0), trust=trust)
         connection = WorkerConnection(stream)
         connection.connection_made(DeadTransport())
         num_ends = dict.fromkeys(("r0", "r1"), 0)
@@ -310,6 +330,7 @@ class MasterEndTarget(Target):
                 self._submit(stream, num_ends)
         connection.connection_lost(None)
         assert stream.num_requests == 0
+        assert not (has_secret and shaken)
         if shaken:
             assert all(count >= 1 for count in num_ends.values()), num_ends
 
@@ -325,5 +346,5 @@ class MasterEndTarget(Target):
 
             stream.submit(request, listen)
 
-    def allowed_bytes(self, data: list[bytes]) -> int:
-        return _allowed_bytes(data)
+    def allowed_bytes(self, data: Talk) -> int:
+        return _allowed_bytes(data[1])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tests.fuzz.block_targets import FetchingEndTarget, ServingEndTarget
 from tests.fuzz.cache_targets import EventTarget, IndexTarget, SlabTarget
-from tests.fuzz.etcd_targets import RegistryTarget, WordTarget
+from tests.fuzz.etcd_targets import RegistryTarget, SealTarget, WordTarget
 from tests.fuzz.runner import Target
 from tests.fuzz.stream_targets import FrameTarget, MasterEndTarget, WorkerEndTarget
 from tests.fuzz.text_targets import BodyTarget, FlagTarget
@@ -22,6 +22,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "slab": SlabTarget,
     "registry": RegistryTarget,
     "words": WordTarget,
+    "seals": SealTarget,
     "flags": FlagTarget,
     "http": BodyTarget,
 }

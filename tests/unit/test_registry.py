@@ -270,6 +270,7 @@ def test_a_registration_under_another_name_is_passed_over(registry: Registry[Fak
         WorkerLoad(epoch=Epoch(1), prefill_cost=PrefillCost(0.0, 0.0, 1e308)),
         WorkerLoad(epoch=Epoch(1), tier_block_s={"host": -1e300}),
         WorkerLoad(epoch=Epoch(1), queue_s=1e30),
+        WorkerLoad(epoch=Epoch(1), prefill_tokens_per_s=1e-320),
     ],
 )
 def test_a_load_that_nobody_has_measured_is_passed_over(

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_REPORTED = 2.0**63
 """An epoch has 63 bits; nothing that is measured comes near."""
+_MIN_REPORTED = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def _check_numbers(value: object) -> None:
             for item in value:
                 _check_numbers(item)
         case float() | int():
-            if not -_MAX_REPORTED <= value <= _MAX_REPORTED:
+            if not -_MAX_REPORTED <= value <= _MAX_REPORTED or 0 < abs(value) < _MIN_REPORTED:
                 raise ValueError(f"{value} is no number of ours")
 
 

@@ -39,38 +39,39 @@ class Tls:
 
     def reload(self) -> None:
         """Raises: ConfigError; then everything is as before."""
-        shown = self._server_context()
         client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.check_hostname = False
         client.minimum_version = ssl.TLSVersion.TLSv1_3
         self._load(client)
         if self._ca is not None:
             self._trust(client, self._ca)
-        self._shown, self._client = shown, client
+        public, member = self._server_context(), self._member_context()
+        self._public, self._member, self._client = public, member, client
 
     def for_clients(self) -> ssl.SSLContext:
         """Of a listener for the public or for operators."""
         context = self._server_context()
-        context.sni_callback = self._show_newest
+        context.sni_callback = lambda connection, *_: _continue_as(connection, self._public)
         return context
 
     def for_members(self) -> ssl.SSLContext:
         """Of a listener for other processes of the cluster, who show a certificate too."""
-        context = self._server_context()
         assert self._ca is not None, "flags are checked"
-        self._trust(context, self._ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.sni_callback = self._show_newest
+        context = self._member_context()
+        context.sni_callback = lambda connection, *_: _continue_as(connection, self._member)
         return context
 
     def to_member(self) -> ssl.SSLContext:
         """For one connection to another process of the cluster."""
         return self._client
 
-    def _show_newest(self, connection: ssl.SSLObject, name: str | None, context: object) -> None:
-        """Called for each handshake; only the certificate comes from the context put here."""
-        connection.context = self._shown
+    def _member_context(self) -> ssl.SSLContext:
+        context = self._server_context()
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        if self._ca is not None:
+            self._trust(context, self._ca)
+        return context
 
     def _server_context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -95,6 +96,12 @@ class Tls:
             context.load_verify_locations(ca)
         except (ssl.SSLError, OSError) as error:
             raise ConfigError(f"--tls_ca={ca}: {error}; expected a PEM file") from error
+
+
+def _continue_as(connection: ssl.SSLObject, newest: ssl.SSLContext) -> None:
+    """Called in each handshake of a listener, whose own context cannot be replaced: certificate and
+    authority come from `newest`, everything else is as it was."""
+    connection.context = newest
 
 
 def _check_readable(flag: str, path: str) -> None:

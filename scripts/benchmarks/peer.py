@@ -90,13 +90,19 @@ async def _serving_cost(serving: _Worker, fetching: _Worker, num_rounds: int) ->
     quiet: list[float] = []
     busy: list[float] = []
     rates: list[float] = []
-    for _ in range(num_rounds):
-        quiet += await serving.ask("steps", NUM_STEPS)
-        arguments = (0, NUM_PROMPT_TOKENS, ["serving", address], 1.5)
-        fetches = asyncio.create_task(fetching.ask("fetch_on", *arguments))
-        await asyncio.sleep(0.3)
-        busy += await serving.ask("steps", NUM_STEPS)
-        rates.append(await fetches)
+    for turn in range(num_rounds):
+        # In turns, because steps take longer as the contexts grow.
+        for is_fetching in (turn % 2 == 0, turn % 2 == 1):
+            if is_fetching:
+                arguments = (0, NUM_PROMPT_TOKENS, ["serving", address], 1.5)
+                fetches = asyncio.create_task(fetching.ask("fetch_on", *arguments))
+            await asyncio.sleep(0.3)
+            steps = await serving.ask("steps", NUM_STEPS)
+            if is_fetching:
+                busy += steps
+                rates.append(await fetches)
+            else:
+                quiet += steps
     await serving.ask("end_decoding")
     print(f"serving_cost: {median(rates) / 1e9:.2f} GB/s served meanwhile")
     return at_most("serving_cost", median(busy) * 1e3, "ms/step", median(quiet) * 1e3, 1.10)

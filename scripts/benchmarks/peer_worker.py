@@ -23,7 +23,7 @@ from benchmarks.tiers_engine import BenchEngine
 from xllm.cache.host_tier import HostMemoryBlocks
 from xllm.cache.memory import map_pages, populate
 from xllm.cache.mover import Mover, Transfer
-from xllm.cache.peer_client import PeerClient
+from xllm.cache.peer_client import PeerClient, PeerLimits
 from xllm.cache.peer_fetch import Peer, PeerFetch
 from xllm.cache.peer_server import PeerServer
 from xllm.config import EngineConfig
@@ -63,7 +63,7 @@ class Worker:
         assert tiers.lender is not None
         engine, lender = self._engine, tiers.lender
         PeerServer(
-            self._name, self._layout, lender, engine.cache_lock, is_busy=lambda: engine.is_busy
+            self._name, self._layout, lender, engine.books, is_busy=lambda: engine.is_busy
         ).start(self._listening)
 
     async def address(self) -> str:
@@ -105,7 +105,8 @@ class Worker:
         populate(memory)
         device = HostMemoryBlocks(memory.reshape(len(names), block_bytes))
         mover = Mover(1)
-        client = PeerClient(self._name, self._layout, device, mover)
+        limits = PeerLimits(stall_s=60.0)  # at this priority, it is this side that stands still
+        client = PeerClient(self._name, self._layout, device, mover, limits)
         num_bytes = 0
         deadline = time.monotonic() + seconds
         started = time.perf_counter()

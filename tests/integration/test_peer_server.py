@@ -29,6 +29,7 @@ from xllm.cache.peer_wire import (
     encode_miss,
     handshake_bytes,
 )
+from xllm.cache.shared_books import SharedBooks
 from xllm.cache.slab_format import checksum_of
 from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash, WorkerId
@@ -55,9 +56,9 @@ class Server:
             self.memory[block_id] = i
             self.pool.commit(block_id, name(i))
         self.pool.release(block_ids)
-        self.lock = threading.Lock()
+        self.books = SharedBooks()
         self.lender = Lender(self.pool, HostMemoryBlocks(self.memory), None, None)
-        self.server = PeerServer(A, LAYOUT, self.lender, self.lock, limits)
+        self.server = PeerServer(A, LAYOUT, self.lender, self.books, limits)
         listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = listening.getsockname()[1]
         self.server.start(listening)
@@ -72,7 +73,7 @@ class Server:
         return connected
 
     def num_lent(self) -> int:
-        with self.lock:
+        with self.books.hold():
             return len(self.lender.lent_block_ids)
 
     def until(self, holds: Callable[[], bool]) -> None:
@@ -132,7 +133,7 @@ def test_blocks_are_served_and_given_back(server: Server) -> None:
             check_served(connected, ids)
             check_served(other, ids)
         server.until(lambda: server.num_lent() == 0)
-    with server.lock:
+    with server.books.hold():
         assert server.lender.snapshot().served[TierName.DEVICE] == 2 * (1 + 2 + 32)
         assert server.lender.snapshot().num_missed == 2 * 2
     server.until(lambda: server.server.num_connections == 0)

@@ -140,8 +140,8 @@ async def running(
     assert engine.tiers is not None
     assert engine.tiers.lender is not None
     layout = peer_layout(runner, engine.root)
-    lender, lock = engine.tiers.lender, engine.cache_lock
-    server = PeerServer(worker_id, layout, lender, lock, is_busy=lambda: engine.is_busy)
+    lender, books = engine.tiers.lender, engine.books
+    server = PeerServer(worker_id, layout, lender, books, is_busy=lambda: engine.is_busy)
     listening = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{listening.getsockname()[1]}"
     server.start(listening)

@@ -1,5 +1,5 @@
-"""What peers get of this worker's blocks: found, pinned, given back. For whoever has the cache's
-lock.
+"""What peers get of this worker's blocks: found, pinned, given back. For whoever holds the
+books (`shared_books.py`).
 
 A block is lent from where sending it costs least: from the host, which has its checksum; from the
 device, if the host can address it; from the disk, which has to be read first. It is pinned there

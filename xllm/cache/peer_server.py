@@ -10,8 +10,7 @@ The bytes leave with large `sendmsg` calls straight from the tiers' memory, with
 interpreter's lock. While the engine computes, serving takes only a small share of the cores
 (`_Pace`), else as much as it can get.
 
-Pins and lookups take the cache's lock, which the engine lets go whenever it computes; so a peer
-does not wait for a step of a long prompt to end.
+Pins and lookups do not wait for a step of a long prompt to end: `shared_books.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from xllm.cache.block_hash import HASH_BYTES
 from xllm.cache.lender import Lender, LentBlock, Loan
@@ -47,6 +47,7 @@ from xllm.cache.peer_wire import (
     encode_miss,
     handshake_bytes,
 )
+from xllm.cache.shared_books import SharedBooks
 from xllm.cache.slab import aligned_buffer
 from xllm.cache.slab_format import Buffer, checksum_of
 from xllm.cache.tier import TierName
@@ -89,18 +90,18 @@ class PeerServer:
         worker_id: WorkerId,
         layout: PeerLayout,
         lender: Lender,
-        lock: contextlib.AbstractContextManager[object],
+        books: SharedBooks,
         limits: ServeLimits | None = None,
         is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`lock`: whoever has it may use the lender. `is_busy`: whether the engine computes, so
+        """`books`: the lender's. `is_busy`: whether the engine computes, so
         that serving has to be gentle; called on the server's thread."""
         self.worker_id = worker_id
         self.layout = layout
         self.limits = limits or ServeLimits()
         self.num_connections = 0
         self._lender = lender
-        self._lock = lock
+        self._books = books
         self._pace = _Pace(is_busy)
         self._thread: threading.Thread | None = None
         self._loop = asyncio.SelectorEventLoop()
@@ -210,9 +211,16 @@ class PeerServer:
     async def _serve_loan(
         self, connected: socket.socket, fetch_id: int, start: int, hashes: Sequence[BlockHash]
     ) -> None:
-        with self._lock:
+        lent: asyncio.Future[Loan] = self._loop.create_future()
+
+        def lend() -> None:
             loan = self._lender.lend(hashes)
+            self._loop.call_soon_threadsafe(lent.set_result, loan)
+
+        self._books.submit(lend)
         try:
+            await _to_its_end(lent)
+            loan = lent.result()
             if loan.attachment is not None:
                 # To its end, whatever happens to the connection: it reads what is pinned.
                 reading = self._loop.run_in_executor(self._disk, self._read, loan)
@@ -229,11 +237,11 @@ class PeerServer:
                 loan.num_sent[block.tier] = loan.num_sent.get(block.tier, 0) + 1
             await self._send(connected, buffers)
         except BaseException:
-            loan.num_sent.clear()
+            lent.result().num_sent.clear()
             raise
         finally:
-            with self._lock:
-                self._lender.end(loan)
+            loan = lent.result()
+            self._books.submit(lambda: self._lender.end(loan))
 
     def _read(self, loan: Loan) -> None:
         """On a thread for the disk: completes the loan's blocks that are there."""
@@ -318,7 +326,7 @@ class _Pace:
         self._resume_at = min(self._resume_at, time.monotonic())
 
 
-async def _to_its_end(work: asyncio.Future[None]) -> None:
+async def _to_its_end(work: asyncio.Future[Any]) -> None:
     """Waits even when it is cancelled, which comes through afterwards."""
     try:
         await asyncio.shield(work)

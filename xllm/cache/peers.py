@@ -2,7 +2,7 @@
 
     peer_book.py     which peers are worth asking                     engine's thread, pure
     peer_client.py   fetches, one connection to each peer             a thread of its own
-    lender.py        what is pinned for peers that fetch here         under the cache's lock
+    lender.py        what is pinned for peers that fetch here         whoever has the books
     peer_server.py   serves them                                      a thread of its own
     peer_wire.py     what is said                                     pure
 

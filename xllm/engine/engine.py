@@ -11,9 +11,8 @@ one queue of commands, one callback per step, and `statistics()`, an immutable s
 replaced after each step. A request's listener gets every delta and exactly one end: the last delta
 of each sample, or one error; after `cancel` it is not called any more.
 
-`cache_lock` is the engine's thread's but while it computes or sleeps. Then whoever takes it may use
-the cache's books, for a moment, as long as no sequence is changed: the server of peers pins and
-unpins blocks like that, and does not wait for a step of a long prompt to end.
+The cache's books are shared with the thread that serves peers (`cache/shared_books.py`): while a step
+is computed, blocks may be pinned and unpinned for peers, but no sequence is changed.
 
 A step that raises fails the requests in it (EngineFault), frees their blocks, and the loop goes
 on; after MAX_FAULTS_IN_A_ROW of them the engine gives up, and `wait_closed` raises.
@@ -37,6 +36,7 @@ from xllm.cache.block_pool import BlockObserver, BlockPool
 from xllm.cache.kv_cache import KVCache
 from xllm.cache.news import CacheNews, NewsCollector
 from xllm.cache.prefetch import PrefetchOutcome
+from xllm.cache.shared_books import SharedBooks
 from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
 from xllm.engine.limits import check_request, scheduler_limits
@@ -90,8 +90,8 @@ class Engine:
         )
         pool = BlockPool(runner.num_blocks, observer=observer)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.cache_lock: Final = threading.Lock()
-        """Taken before anybody but the engine's thread uses `tiers.lender`."""
+        self.books: Final = SharedBooks()
+        """By way of which others than the engine's thread use `tiers.lender`."""
         runner.allocate_cache(runner.num_blocks)
         self.tiers: Final = open_tiers(pool, root, lambda: self._commands.put(_wake_up))
         limits = scheduler_limits(config, runner.max_model_len)
@@ -278,12 +278,12 @@ class Engine:
         error: BaseException | None = None
         try:
             self._runner.enter_thread()
-            with self.cache_lock:
+            with self.books.hold():
                 self._warm_up()
             self._post(self._set_started)
             self._publish()
             has_run = False
-            with self.cache_lock:
+            with self.books.hold():
                 while not self._is_stopping:
                     self._take_commands(may_sleep=not has_run)
                     has_run = self._step()
@@ -292,7 +292,7 @@ class Engine:
             error = caught
             logger.exception("engine_stopped")
         if self.tiers is not None:
-            with self.cache_lock:
+            with self.books.hold():
                 self._scheduler.abort_all()
                 self.kv_cache.cancel_prefetches()
                 self.tiers.close(FLUSH_S)
@@ -313,11 +313,8 @@ class Engine:
     def _next_command(self) -> Callable[[], None]:
         """Sleeps until there is one. Raises: queue.Empty."""
         timeout_s = self._max_sleep_s()
-        self.cache_lock.release()
-        try:
+        with self.books.pause():
             return self._commands.get(timeout=timeout_s)
-        finally:
-            self.cache_lock.acquire()
 
     def _begin(self, handle: RunningRequest, arrival: float) -> None:
         request = handle.request
@@ -393,11 +390,8 @@ class Engine:
         if plan.copies:
             runner.copy_blocks(plan.copies)
         batch = build_batch(plan, self.kv_cache.block_size, runner.device, runner.staging)
-        self.cache_lock.release()
-        try:
+        with self.books.pause():
             return runner.execute(batch, outputs.sampling)
-        finally:
-            self.cache_lock.acquire()
 
     def _fail(self, plan: StepPlan) -> None:
         """After a step that raised: nobody knows what its blocks hold, so nobody may use them."""

@@ -43,8 +43,8 @@ class LoadedModel:
         assert engine.tiers is not None
         assert engine.tiers.lender is not None
         layout = peer_layout(self.runner, engine.root)
-        lender, lock = engine.tiers.lender, engine.cache_lock
-        server = PeerServer(worker_id, layout, lender, lock, is_busy=lambda: engine.is_busy)
+        lender, books = engine.tiers.lender, engine.books
+        server = PeerServer(worker_id, layout, lender, books, is_busy=lambda: engine.is_busy)
         server.start(listening)
         return server
 

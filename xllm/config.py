@@ -118,6 +118,8 @@ class MasterConfig:
     tokenizer_path: str | None = None
     """None: obtained from the workers."""
     load_balance_policy: str = "CAR"
+    drain_timeout: float = 3.0
+    """Seconds that running requests get to end on a master that leaves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -326,6 +326,12 @@ MASTER_CONCERNS: tuple[Concern, ...] = (
                 "A request that would wait longer on every worker is refused with 429; some 64"
                 " may wait on each in any case.",
             ),
+            Flag(
+                MasterConfig,
+                "drain_timeout",
+                decimal("SECONDS", 0, 86400),
+                "What running requests get to end after SIGTERM.",
+            ),
         ),
     ),
     _INDEX_CONCERN,

@@ -80,6 +80,7 @@ def decimal(unit: str, low: float, high: float) -> FlagType:
 
 
 _PREFIXES = "kmgt"
+_MAX_SIZE = 1 << 60
 
 
 def _size(value: str) -> int:
@@ -89,7 +90,10 @@ def _size(value: str) -> int:
     count, prefix, unit = match.groups()
     base = 1000 if (unit or "").lower() == "b" else 1024
     exponent = _PREFIXES.index(prefix.lower()) + 1 if prefix else 0
-    return int(float(count) * base**exponent)
+    num_bytes = float(count) * base**exponent
+    if num_bytes > _MAX_SIZE:
+        raise ValueError("is more than any machine has")
+    return int(num_bytes)
 
 
 SIZE = FlagType("BYTES", _size)
@@ -147,10 +151,25 @@ def _etcd_addresses(value: str) -> str:
 ETCD_ADDRESSES = FlagType("HOST:PORT,...", _etcd_addresses)
 
 
+def _expanded(value: str) -> Path:
+    """Raises: ValueError."""
+    if "\0" in value:
+        raise ValueError("must not contain a NUL")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"there is no such user: {error}") from error
+
+
 def _tokenizer_folder(value: str) -> str:
-    if not (Path(value).expanduser() / "tokenizer.json").is_file():
+    folder = _expanded(value)
+    try:
+        is_there = (folder / "tokenizer.json").is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ValueError(f"cannot be read: {error}") from error
+    if not is_there:
         raise ValueError("must be a folder with a tokenizer.json, such as the model's")
-    return str(Path(value).expanduser())
+    return str(folder)
 
 
 TOKENIZER_FOLDER = FlagType("FOLDER", _tokenizer_folder)
@@ -174,7 +193,7 @@ def _path(value: str) -> str:
 MODEL = FlagType("FOLDER|ORG/NAME", _path)
 
 
-FOLDER = FlagType("FOLDER", lambda value: str(Path(_path(value)).expanduser()))
+FOLDER = FlagType("FOLDER", lambda value: str(_expanded(_path(value))))
 
 
-FILE = FlagType("FILE", lambda value: str(Path(_path(value)).expanduser()))
+FILE = FlagType("FILE", lambda value: str(_expanded(_path(value))))

@@ -11,7 +11,7 @@ worker can continue it, and a resubmission after a worker died is the same messa
 from __future__ import annotations
 
 import enum
-from typing import Any, NewType
+from typing import Any, NewType, TypeVar
 
 import msgspec
 
@@ -25,12 +25,31 @@ Epoch = NewType("Epoch", int)
 """One lease of a worker: the etcd lease id, 63 random bits; only ever compared for equality."""
 
 PROTOCOL_VERSION = 1
+"""Of the token stream. A new one is for what an older process would take for something else: fields
+may be added without it, at the end of an array and anywhere in an object."""
+
+MAX_N = 128
+"""Samples of one request."""
 
 PEER = "peer"
 """The key of a fetch from a peer in `WorkerLoad.tier_block_s`."""
 
 TIER_NAMES = ("device", "host", "disk", "remote")
 """From fast to slow: `cache/tier.py` has them as an enum."""
+
+
+T = TypeVar("T")
+
+
+def decode_json(value: bytes, kind: type[T]) -> T:
+    """A value of etcd, whose fields that `kind` does not have are passed over.
+
+    Raises: ValueError, whatever is wrong with it.
+    """
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 class FinishReason(enum.StrEnum):

@@ -146,6 +146,10 @@ class Metrics:
         """The exposition that Prometheus scrapes, of `METRICS_CONTENT_TYPE`."""
         return generate_latest(self._registry)
 
+    def num_api_requests(self) -> float:
+        """The value of `api_requests_in_flight`."""
+        return next(iter(self.api_requests_in_flight.collect())).samples[0].value
+
     def _declare_process(self, registry: CollectorRegistry) -> None:
         ProcessCollector(registry=registry)
         self.build_info = Info("xllm_build", "Version of xllm.", registry=registry)

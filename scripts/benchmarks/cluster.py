@@ -51,7 +51,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1)
     add("--groups", type=int, default=24, help="shared_prefix: different system prompts")
     add("--system", type=int, default=1024, help="shared_prefix: tokens of a system prompt")
-    add("--question", type=int, default=32, help="tokens, or words in multi_round")
+    add("--question", type=int,
+        help="tokens, or words in multi_round (default: 32; hot_prefix: 256, so that workers are"
+        " the bottleneck and not the generator beside them)")  # fmt: skip
     add("--output", type=int, default=8, help="tokens of an answer")
     add("--users", type=int, default=32, help="multi_round")
     add("--rounds", type=int, default=5, help="multi_round: requests of each user")
@@ -66,6 +68,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[Row]:
+    if options.question is None:
+        options.question = 256 if options.workload == "hot_prefix" else 32
     if options.url is not None:
         return _against(options)
     with (

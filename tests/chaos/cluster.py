@@ -27,7 +27,7 @@ PROXY_HOST = "127.0.1.1"
 
 _WORKER_FLAGS = (
     *("--dtype=float32", "--num_threads=1", "--max_cache_size=4M", "--max_model_len=512"),
-    *("--max_tokens_per_batch=128", "--max_seqs_per_batch=16"),
+    *("--max_tokens_per_batch=128", "--max_seqs_per_batch=16", "--enable_cache_upload=true"),
 )
 
 
@@ -58,6 +58,10 @@ class Role:
     def send(self, signum: signal.Signals) -> None:
         assert self.process is not None
         self.process.send(signum)
+
+    def stop(self) -> None:
+        """Asks it to end, as an operator would; does not wait."""
+        self.send(signal.SIGTERM)
 
     def kill(self) -> None:
         assert self.process is not None
@@ -134,6 +138,11 @@ class ChaosCluster:
             await role.until_healthy()
         for master in self.masters:
             await self.until_workers(master, num_workers, START_TIMEOUT_S)
+
+    def add_master(self) -> Master:
+        """One more; to be launched."""
+        self.masters.append(self._make_master(len(self.masters)))
+        return self.masters[-1]
 
     async def stop(self) -> None:
         for worker in self.workers:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import aiohttp
 
+from tests.chaos.checks import EtcdDiverged, check_etcd, check_indexes
 from tests.chaos.cluster import ChaosCluster, Master, Role, metric, until
 from tests.chaos.faults import Faults
 from tests.chaos.load import Case, Client, Load, make_cases
@@ -46,7 +47,18 @@ class Chaos:
     async def run(self, schedule: Iterable[str]) -> None:
         """Each entry is a fault, or several at once with `+` between them.
 
-        Raises: AssertionError or TimeoutError for anything that users must not see."""
+        Raises: AssertionError or TimeoutError for anything that users must not see; EtcdDiverged
+        instead, if etcd has members that do not agree."""
+        try:
+            await self._run(schedule)
+        except Exception as error:
+            try:
+                self._say(await check_etcd(self._cluster.etcd))
+            except EtcdDiverged as diverged:
+                raise diverged from error
+            raise
+
+    async def _run(self, schedule: Iterable[str]) -> None:
         timeout = aiohttp.ClientTimeout(total=120, sock_connect=10)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
@@ -82,6 +94,9 @@ class Chaos:
         self._say(f"moved requests={moved}")
         assert moved, "no fault met a request that was running"
         await self._check_idle()
+        self._say(await check_etcd(self._cluster.etcd))
+        answered = [case for case in cases if case.name in known]
+        self._say(await check_indexes(self._cluster, answered))
         self._check_memory(survivors, before)
 
     async def _reach_peak(self, client: Client, cases: Sequence[Case]) -> None:

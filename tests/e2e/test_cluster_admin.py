@@ -104,6 +104,21 @@ def test_both_masters_know_what_the_workers_hold(rig: Rig) -> None:
             assert answer["indexed_tokens_by_tier"] == held
 
 
+def test_a_prompt_is_moved_to_the_worker_that_does_not_have_it(rig: Rig) -> None:
+    prompt = random.Random(99).choices(range(1000, 20000), k=100)
+    rig.ask(prompt)
+    found = admin(rig.masters[0], "cache/lookup", token_ids=prompt)["workers"]
+    [target] = [worker_id for worker_id, w in found.items() if not w["matched_tokens"]]
+    [source] = found.keys() - {target}
+    moved = admin(rig.masters[1], "cache/move", token_ids=prompt, to=target)
+    assert moved["source"] == source
+    assert moved["workers"] == {target: {"state": "done", "fetched_blocks": 3}}
+    again = admin(rig.masters[1], "cache/move", token_ids=prompt, to=target)
+    assert again["workers"] == {target: {"state": "done", "fetched_blocks": 0}}
+    found = admin(rig.masters[0], "cache/lookup", token_ids=prompt)["workers"]
+    assert {w["matched_tokens"] for w in found.values()} == {3 * BLOCK}
+
+
 def test_pinned_through_one_master_cleared_through_the_other(rig: Rig) -> None:
     first, second = rig.masters
     rig.ask(PROMPTS[0])

@@ -23,6 +23,7 @@ from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.cost_routing import Targets
 from xllm.roles.global_index import GlobalIndex
+from xllm.roles.hot_prefix_duty import HotPrefixDuty
 from xllm.roles.membership import WorkerMembership
 from xllm.roles.registration import cache_root
 from xllm.roles.registry import MemberState
@@ -119,7 +120,8 @@ class Master:
         router = make_router(
             policy, self.index.index, registry.cache_root, time.monotonic, Targets(1.0, 0.1)
         )
-        self.backend = ClusterBackend(registry, router, self.metrics)
+        self.hot = HotPrefixDuty(self.index.index, router, registry, self.metrics, time.monotonic)
+        self.backend = ClusterBackend(registry, router, self.metrics, on_sent=self.hot.observe)
         self.task = asyncio.create_task(self._run(client))
 
     async def _run(self, client: EtcdClient) -> None:

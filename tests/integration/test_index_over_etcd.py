@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from etcd_server import EtcdServer, Wire, until
@@ -18,7 +19,7 @@ from xllm.cache.index import CacheIndex
 from xllm.cache.upload import IndexUploader
 from xllm.cache.upload_budget import Share
 from xllm.cache.upload_plan import UploadPlan
-from xllm.coordination import EtcdClient, Keys, Session
+from xllm.coordination import EtcdClient, EtcdNoSpace, Keys, Session
 from xllm.protocol import BlockHash, WorkerId
 from xllm.roles.index_reader import IndexReader
 from xllm.roles.index_view import IndexView
@@ -206,8 +207,6 @@ async def test_a_full_etcd_stops_uploads_with_one_warning_and_they_resume(
 ) -> None:
     monkeypatch.setattr(upload_plan, "NO_SPACE_RETRY_S", 0.1)
     monkeypatch.setattr(upload_plan, "OUTAGE_JITTER_S", 0.1)
-    from xllm.coordination import EtcdNoSpace
-
     master = Master(client)
     async with _running(master.reader.run), Worker(client, A).running() as a:
         a.store(DEVICE, range(10))
@@ -223,6 +222,38 @@ async def test_a_full_etcd_stops_uploads_with_one_warning_and_they_resume(
         assert caplog.text.count("index_upload_stopped") == 1
         monkeypatch.setattr(a.session, "fenced_txn", real)
         await until(lambda: master.knows(a))
+
+
+async def test_an_etcd_whose_quota_is_full_stops_uploads_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(upload_plan, "NO_SPACE_RETRY_S", 0.1)
+    monkeypatch.setattr(upload_plan, "OUTAGE_JITTER_S", 0.1)
+    etcd = EtcdServer(tmp_path / "etcd", "--quota-backend-bytes=4194304")
+    etcd.start()
+    client = EtcdClient([etcd.address])
+    try:
+        await client.connect(5.0)
+        master = Master(client)
+        async with _running(master.reader.run), Worker(client, A).running() as a:
+            a.store(DEVICE, range(10))
+            await until(lambda: master.knows(a))
+            with pytest.raises(EtcdNoSpace):
+                await _fill(client)
+            a.store(DEVICE, range(10, 20))
+            await until(lambda: "index_upload_stopped" in caplog.text)
+            assert master.index.num_held(A)[DEVICE] == 10
+            assert a.session.alive, "a lease is kept though nothing can be written"
+            await client.make_room((await client.status()).revision)
+            await until(lambda: master.knows(a))
+    finally:
+        await client.close()
+        etcd.kill()
+
+
+async def _fill(client: EtcdClient) -> None:
+    for _ in range(100):
+        await client.put("/x", bytes(200_000))
 
 
 async def test_blocks_are_visible_soon_after_they_are_stored(client: EtcdClient) -> None:

@@ -45,7 +45,9 @@ def start() -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def start_role(
-        role: str, deadline_s: float = 4.5, flags: Sequence[str] = ("--role=master",)
+        role: str,
+        deadline_s: float = 4.5,
+        flags: Sequence[str] = ("--role=master", "--drain_timeout=0"),
     ) -> subprocess.Popen[str]:
         program = _PROGRAM.format(role=textwrap.dedent(role), deadline=deadline_s, flags=flags)
         process = subprocess.Popen(

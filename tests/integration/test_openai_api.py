@@ -53,12 +53,17 @@ async def serve() -> AsyncIterator[Serve]:
     closing = []
 
     async def start(
-        script: Script | None = None, config: ApiConfig | None = None, **backend_options: object
+        script: Script | None = None,
+        config: ApiConfig | None = None,
+        is_leaving: Callable[[], bool] = lambda: False,
+        **backend_options: object,
     ) -> Served:
         script = script or says(ANSWER_IDS, stop_token_id=END, cached_tokens=3)
         backend = FakeBackend(script, **backend_options)  # type: ignore[arg-type]
         metrics = Metrics()
-        runner = make_runner(build_app(backend, config or ApiConfig(), metrics))
+        runner = make_runner(
+            build_app(backend, config or ApiConfig(), metrics, is_leaving=is_leaving)
+        )
         await runner.setup()
         closing.append(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -90,6 +95,25 @@ async def sse_payloads(served: Served, path: str, body: dict[str, Any]) -> list[
     *events, done, rest = raw.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_whoever_leaves_says_so_and_serves_on_without_keeping_connections(
+    serve: Serve, stream: bool
+) -> None:
+    has_begun_to_leave: list[bool] = []
+    served = await serve(is_leaving=lambda: bool(has_begun_to_leave))
+    body = {"model": MODEL, "messages": HI, "stream": stream}
+    for is_leaving in (False, True):
+        if is_leaving:
+            has_begun_to_leave.append(True)
+        async with served.http.post("/v1/chat/completions", json=body) as response:
+            assert response.status == 200
+            assert ANSWER[:3] in await response.text()
+            # A client that believes it may use the connection again finds it closed.
+            assert (response.headers.get("Connection") == "close") == is_leaving
+        async with served.http.get("/health") as response:
+            assert response.status == (503 if is_leaving else 200)
 
 
 async def test_a_chat_completion(serve: Serve) -> None:

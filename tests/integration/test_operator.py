@@ -48,6 +48,12 @@ async def test_health_follows_the_process(process: Process, url: str) -> None:
                 assert response.status == status
 
 
+async def test_a_process_that_is_not_ready_is_alive(process: Process, url: str) -> None:
+    process.is_ready = False
+    async with ClientSession() as session, session.get(f"{url}/live") as response:
+        assert response.status == 200
+
+
 async def test_metrics_are_collected_when_they_are_looked_at(url: str) -> None:
     async with ClientSession() as session, session.get(f"{url}/metrics") as response:
         assert "xllm_workers" in await response.text()

@@ -8,12 +8,23 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 
 import pytest
 from counting_engine import make_request, until
-from routed_cluster import Master, Worker
+from routed_cluster import KEYS, Master, Worker
 
+from xllm.cache.block_hash import hash_blocks
 from xllm.coordination import EtcdClient
 from xllm.errors import Overloaded
-from xllm.protocol import GenerateRequest, PrefillCost, WorkerId
-from xllm.roles import global_index, membership
+from xllm.protocol import (
+    Command,
+    CommandKind,
+    FetchRange,
+    GenerateRequest,
+    MasterId,
+    PrefillCost,
+    WorkerId,
+)
+from xllm.roles import global_index, hot_prefix_duty, membership
+from xllm.roles.command_desk import CommandDesk
+from xllm.roles.commands import decode_command, split_names
 
 BLOCK = 32
 COST = PrefillCost(0.01, 1e-3, 0.0)
@@ -27,6 +38,7 @@ StartWorker = Callable[..., Coroutine[None, None, Worker]]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "LOAD_PERIOD_S", 0.05)
     monkeypatch.setattr(global_index, "WARNING_PERIOD_S", 0.1)
+    monkeypatch.setattr(hot_prefix_duty, "PERIOD_S", 0.05)
 
 
 @pytest.fixture
@@ -177,3 +189,39 @@ async def test_with_targets_what_comes_too_late_is_refused_unless_it_is_urgent(
         assert await finish(master, request("urgent", priority=-1), a) == "a"
     finally:
         await master.stop()
+
+
+async def test_the_leader_has_a_hot_prefix_fetched_ahead_of_requests(
+    master: Master, client: EtcdClient, start_worker: StartWorker
+) -> None:
+    a = await start_worker("a", block_address="10.0.0.1:9")
+    await start_worker("b", block_address="10.0.0.2:9")
+    await master.sees(a="ready", b="ready")
+    a.hold(PROMPT)
+    await until(lambda: num_held(master, a) == 10)
+    desk = CommandDesk(client, KEYS, MasterId("master"))
+    leads = False
+    duty = asyncio.create_task(master.hot.run(desk, lambda: leads))
+    generations = [
+        master.backend.generate(request(f"r{i}", [*PROMPT, *range(i, i + BLOCK)]))
+        for i in range(50)
+    ]
+    await asyncio.sleep(2 * hot_prefix_duty.PERIOD_S)
+    assert (await client.range(KEYS.commands)).kvs == (), "somebody else leads"
+    leads = True
+
+    async def commands() -> list[Command]:
+        kvs = (await client.range(KEYS.commands)).kvs
+        return [command for kv in kvs if (command := decode_command(kv.value)) is not None]
+
+    async with asyncio.timeout(5):
+        while not (found := await commands()):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    (command,) = found
+    assert (command.kind, command.worker_id) == (CommandKind.MOVE, "b")
+    assert command.fetch == [FetchRange(WorkerId("a"), "10.0.0.1:9", 0, 8)]
+    root = master.cluster.registry.cache_root("m")
+    assert split_names(command.blocks) == hash_blocks(root.hash(), PROMPT, BLOCK)[:8]
+    duty.cancel()
+    for generation in generations:
+        generation.cancel()

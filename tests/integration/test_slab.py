@@ -394,3 +394,15 @@ def test_adjacent_runs() -> None:
     assert adjacent_runs([]) == []
     assert adjacent_runs([3]) == [slice(0, 1)]
     assert adjacent_runs([1, 2, 4, 5, 6, 9]) == [slice(0, 2), slice(2, 5), slice(5, 6)]
+
+
+def test_a_sequence_that_no_slab_reaches_is_a_miss(tmp_path: Path) -> None:
+    """Or the next one could not be written."""
+    slab = open_slab(tmp_path)
+    slab.write([write_of(0, 0, sequence=2**64 - 1), write_of(1, 1, sequence=2**63 - 1)])
+    assert [record.slot for record in slab.scan()] == [1]
+    slab.forget_before(2**64 - 1)
+    slab.close()
+    slab = open_slab(tmp_path)
+    assert slab.first_sequence == 1, "made anew"
+    slab.close()

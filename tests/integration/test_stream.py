@@ -397,3 +397,42 @@ async def test_too_many_connections(cluster: Cluster) -> None:
             assert await reader.read() == b""
     writer.close()
     assert stream.state is StreamState.UP
+
+
+async def test_another_version_is_refused_by_name(cluster: Cluster) -> None:
+    """An older worker beside newer masters, or the other way round: said once, and no harm done."""
+    host, port = cluster.address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        encode(frames.Hello(PROTOCOL_VERSION + 1, MasterId("m"), WorkerId("w"), Epoch(7), 1))
+    )
+    async with asyncio.timeout(5):
+        answer = await reader.read()
+    goodbye = frames.decode_to_master(memoryview(answer)[4:])
+    assert isinstance(goodbye, frames.Goodbye)
+    assert f"version {PROTOCOL_VERSION + 1} of the master" in goodbye.reason
+    assert f"{PROTOCOL_VERSION} of the worker" in goodbye.reason
+    writer.close()
+    stream = await cluster.connect()
+    assert stream.state is StreamState.UP
+
+
+async def test_a_worker_of_another_version_is_not_used(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def be_newer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        welcome = frames.Welcome(PROTOCOL_VERSION + 1, WorkerId("w"), Epoch(7))
+        buffer = bytearray()
+        frames.append_frame(buffer, welcome, frames.MAX_TO_MASTER_BYTES)
+        writer.write(buffer)
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(be_newer, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        stream = cluster.stream(cluster.info(address=f"127.0.0.1:{port}"))
+        expected = f"version {PROTOCOL_VERSION + 1} of the worker is not {PROTOCOL_VERSION} of this"
+        await until(lambda: expected in caplog.text)
+        assert stream.state is StreamState.CONNECTING

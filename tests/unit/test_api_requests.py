@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from tests.fakes import MODEL
+from tests.fakes import MODEL, tiny_tokenizer
 from xllm.errors import InvalidRequest
 from xllm.protocol import ModelCard, SamplingParams
 from xllm.roles.api.body import validate
 from xllm.roles.api.errors import ContextLengthExceeded
+from xllm.roles.api.prompts import PromptEncoder
 from xllm.roles.api.requests import ChatCompletionRequest, CompletionRequest
 from xllm.roles.api.sampling import choose_seed, sampling_params
 from xllm.tokenizer import SamplingDefaults
@@ -183,6 +185,14 @@ def test_messages_of_an_agent_are_accepted() -> None:
         ]
     )
     assert request.messages[2].content is None
+
+
+async def test_arguments_that_are_too_deep_are_refused_by_name() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "[" * 50_000}}
+    request = chat(messages=[{"role": "assistant", "tool_calls": [call]}])
+    with ThreadPoolExecutor(1) as executor, pytest.raises(InvalidRequest) as caught:
+        await PromptEncoder(executor).chat(request, tiny_tokenizer())
+    assert caught.value.param == "messages[0].tool_calls[0].function.arguments"
 
 
 def test_defaults_come_from_the_model_and_yield_to_the_request() -> None:

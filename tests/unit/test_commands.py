@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import msgspec
 import pytest
 
+from xllm.config import IndexConfig
 from xllm.protocol import (
     BlockHash,
     Command,
@@ -24,6 +28,8 @@ from xllm.roles.commands import (
     join_names,
     split_names,
 )
+from xllm.roles.leader_word import decode_word
+from xllm.roles.upload_shares import Need, divide
 
 NAMES = [BlockHash(bytes([i]) * 16) for i in range(3)]
 COMMAND = Command(
@@ -41,6 +47,20 @@ COMMAND = Command(
 def test_a_command_survives_json() -> None:
     assert decode_command(encode_command(COMMAND)) == COMMAND
     assert split_names(COMMAND.blocks) == NAMES
+
+
+def test_the_examples_of_the_documentation() -> None:
+    page = Path(__file__).parents[2] / "docs" / "index-format.md"
+    said, given = re.findall(r"```json\n(.*?)```", page.read_text(), re.DOTALL)
+    word = decode_word(said.encode())
+    needs = {WorkerId(f"w{i}"): Need(10**6, 0) for i in range(9)}
+    busy = {WorkerId("192.168.1.11:8010"): Need(10**6, 10**5)}
+    config = IndexConfig(max_index_blocks=2_500_000)
+    assert word == divide(config, MasterId("192.168.1.10:8888"), needs | busy)
+    command = decode_command(given.encode())
+    assert command is not None
+    assert (command.kind, command.state) == (CommandKind.PIN, CommandState.PENDING)
+    assert split_names(command.blocks) == [BlockHash(bytes(range(16)))]
 
 
 def test_half_a_name_is_refused() -> None:

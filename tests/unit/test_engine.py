@@ -1,8 +1,10 @@
 """The engine's two threads, with a runner that draws from the context instead of a model."""
 
 import asyncio
+import math
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +239,44 @@ async def test_what_cannot_work_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         Client(engine, prompt, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampling", "param"),
+    [
+        ({"n": 0}, {}, "n"),
+        ({"n": -1}, {}, "n"),
+        ({"n": 10**9}, {}, "n"),
+        ({"index": -1}, {}, "index"),
+        ({"output_ids": [VOCAB]}, {}, "output_ids"),
+        ({"output_ids": [1], "n": 2}, {}, "output_ids"),
+        ({"output_ids": [1] * 5}, {}, "output_ids"),
+        ({}, {"stop_token_ids": [VOCAB]}, "stop_token_ids"),
+        ({}, {"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({}, {"logit_bias": {1: math.nan}}, "logit_bias"),
+        ({}, {"temperature": math.nan}, "temperature"),
+        ({}, {"temperature": -1.0}, "temperature"),
+        ({}, {"top_p": 2.0}, "top_p"),
+        ({}, {"top_k": -1}, "top_k"),
+        ({}, {"seed": 2**63}, "seed"),
+        ({}, {"max_tokens": -1}, "max_tokens"),
+        ({}, {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({}, {"logprobs": VOCAB + 1}, "logprobs"),
+    ],
+)
+async def test_what_only_a_confused_master_asks_is_refused(
+    engine: Engine, fields: dict[str, Any], sampling: dict[str, Any], param: str
+) -> None:
+    request = GenerateRequest(
+        request_id="r",
+        model_id="m",
+        prompt_ids=[1],
+        sampling=SamplingParams(**{"max_tokens": 5, **sampling}),
+        **fields,
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        engine.submit(request, lambda news: None)
+    assert caught.value.param == param
 
 
 async def test_the_observer_hears_of_every_step_and_beginning(runner: FakeRunner) -> None:

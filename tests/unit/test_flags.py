@@ -273,6 +273,26 @@ def test_the_folder_of_the_disk_tier_may_be_in_the_home_directory() -> None:
 
 
 @pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--max_body_size=" + "9" * 400, "more than any machine"),
+        ("--max_body_size=9999999T", "more than any machine"),
+        ("--max_concurrent_requests=" + "9" * 5000, "--max_concurrent_requests"),
+        ("--tokenizer_path=~nobody_at_all/x", "no such user"),
+        ("--tokenizer_path=" + "x" * 5000, "cannot be read"),
+        ("--etcd_addr=http://[", "--etcd_addr"),
+    ],
+)
+def test_values_of_a_slipped_finger_are_refused(argv: str, said: str) -> None:
+    assert said in _refusal("--role=master", argv)
+
+
+def test_a_folder_of_nobody_is_refused() -> None:
+    argv = ("--disk_cache_dir=~nobody_at_all/x", "--disk_cache_size=1G")
+    assert "no such user" in _refusal("--role=worker", *argv)
+
+
+@pytest.mark.parametrize(
     ("argv", "parts"),
     [
         (["--operator_host=0.0.0.0"], ["--operator_host=0.0.0.0", "--operator_key_file"]),

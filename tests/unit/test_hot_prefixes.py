@@ -72,6 +72,38 @@ def test_one_more_holder_at_a_time_until_they_are_enough() -> None:
     assert world.assign() == []
 
 
+def test_what_only_a_worker_that_leaves_holds_is_fetched_by_another() -> None:
+    world = World()
+    world.hold(A, SYSTEM)
+    world.ask(0.2, workers=0.01)
+    backlog, staying = world.backlogs.__getitem__, [B, C]
+    assert world.assign() == [], "nobody has to be spared for it"
+    assert world.hot.rescue(backlog, staying, []) == []
+    (rescued,) = world.hot.rescue(backlog, staying, [A])
+    assert rescued == Assignment(C, SYSTEM, [A]), "as long as it is held, by the least busy"
+    assert world.hot.rescue(backlog, staying, [A]) == [], "its fetch is under way"
+    world.hold(C, SYSTEM)
+    world.now += PAUSE_S + 0.1
+    assert world.hot.rescue(backlog, staying, [A]) == []
+    assert world.hot.rescue(backlog, [], [A]) == []
+
+
+def test_what_is_rescued_is_dealt_out_and_the_last_ones_come_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hot_prefixes, "MAX_RESCUED", 4)
+    monkeypatch.setattr(hot_prefixes, "MAX_RESCUE_LOOKUPS", 6)
+    world = World()
+    prompts = [names(*range(n, n + 4)) for n in range(5000, 5100, 10)]
+    for prompt in prompts:
+        world.hold(A, prompt)
+        world.hot.observe(prompt, 0.1)
+    world.hold(B, prompts[-1])
+    rescued = world.hot.rescue(world.backlogs.__getitem__, [B, C], [A])
+    assert [a.worker for a in rescued] == [C, B, C, B]
+    assert [a.names for a in rescued] == prompts[-2:-6:-1]
+
+
 def test_demand_that_is_over_is_forgotten() -> None:
     world = World()
     world.hold(A, SYSTEM)

@@ -11,8 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from xllm.coordination import DELETE, PUT, Change, KeyValue, Snapshot
 from xllm.errors import NoWorker, UnknownModel
 from xllm.protocol import (
+    PROTOCOL_VERSION,
     Epoch,
     ModelCard,
+    PrefillCost,
     WorkerId,
     WorkerInfo,
     WorkerLoad,
@@ -225,11 +227,89 @@ def test_candidates_carry_the_last_load(registry: Registry[FakeStream]) -> None:
     assert registry.candidates("m")[0].load is None
 
 
-def test_values_that_are_none_are_passed_over(registry: Registry[FakeStream]) -> None:
-    garbage = KeyValue("/xllm/t/workers/x", b"{", 1, 1, 1)
-    registry.apply_workers(Snapshot(1, [garbage, kv_of(make_info("a"), 1)]))
-    registry.apply_loads([Change(PUT, KeyValue("/xllm/t/load/a", b"[]", 1, 1, 1))])
+@pytest.mark.parametrize("garbage", [b"{", b"[]", b"\xff", b'"\xff"', b"[" * 100_000])
+def test_values_that_are_none_are_passed_over(
+    registry: Registry[FakeStream], garbage: bytes
+) -> None:
+    bad = KeyValue("/xllm/t/workers/x", garbage, 1, 1, 1)
+    registry.apply_workers(Snapshot(1, [bad, kv_of(make_info("a"), 1)]))
+    registry.apply_loads([Change(PUT, KeyValue("/xllm/t/load/a", garbage, 1, 1, 1))])
     assert states(registry) == {"a": "connecting"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"address": "nowhere"},
+        {"address": "127.0.0.1:x"},
+        {"address": ""},
+        {"epoch": Epoch(2**64)},
+        {"epoch": Epoch(-(10**30))},
+        {"block_size": 0},
+        {"block_bytes": -1},
+        {"device_blocks": 0},
+        {"model": ModelCard(model_id="m", max_model_len=0, vocab_size=10, created=0)},
+    ],
+)
+def test_a_registration_that_cannot_be_is_passed_over(
+    registry: Registry[FakeStream], change: dict[str, object]
+) -> None:
+    registry.apply_workers([put(make_info("a", **change)), put(make_info("b"))])
+    assert states(registry) == {"b": "connecting"}
+
+
+def test_a_registration_under_another_name_is_passed_over(registry: Registry[FakeStream]) -> None:
+    value = msgspec.json.encode(make_info("b"))
+    registry.apply_workers([Change(PUT, KeyValue("/xllm/t/workers/a", value, 1, 1, 1))])
+    assert states(registry) == {}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        WorkerLoad(epoch=Epoch(1), prefill_cost=PrefillCost(0.0, 0.0, 1e308)),
+        WorkerLoad(epoch=Epoch(1), tier_block_s={"host": -1e300}),
+        WorkerLoad(epoch=Epoch(1), queue_s=1e30),
+        WorkerLoad(epoch=Epoch(1), prefill_tokens_per_s=1e-320),
+    ],
+)
+def test_a_load_that_nobody_has_measured_is_passed_over(
+    registry: Registry[FakeStream], load: WorkerLoad
+) -> None:
+    registry.apply_workers([put(make_info("a"))])
+    connect(registry, "a")
+    registry.apply_loads([Change(PUT, load_kv("a", load))])
+    assert registry.candidates("m")[0].load is None
+
+
+def test_what_a_later_version_adds_is_passed_over(registry: Registry[FakeStream]) -> None:
+    fields = msgspec.json.decode(msgspec.json.encode(make_info("a")))
+    fields |= {"of_tomorrow": {"a": [1]}}
+    fields["model"] |= {"of_tomorrow": 1}
+    value = msgspec.json.encode(fields)
+    registry.apply_workers([Change(PUT, KeyValue("/xllm/t/workers/a", value, 1, 1, 1))])
+    connect(registry, "a")
+    assert usable(registry) == ["a"]
+    load = msgspec.json.encode({"epoch": 1, "running_requests_num": 2, "of_tomorrow": 3})
+    registry.apply_loads([Change(PUT, KeyValue("/xllm/t/load/a", load, 1, 1, 1))])
+    (candidate,) = registry.candidates("m")
+    assert candidate.load is not None
+    assert candidate.load.running_requests_num == 2
+
+
+def test_another_protocol_version_is_refused_and_sets_nothing(
+    registry: Registry[FakeStream],
+) -> None:
+    newer = make_info("a", protocol_version=PROTOCOL_VERSION + 1, fingerprint="0" * 32)
+    registry.apply_workers([put(newer, 1), put(make_info("b"), 2)])
+    connect(registry, "b")
+    assert states(registry) == {"a": "refused", "b": "ready"}
+    (refused,) = (member for member in registry if member.state is MemberState.REFUSED)
+    assert f"{PROTOCOL_VERSION + 1} of the worker" in refused.refusal
+    assert f"{PROTOCOL_VERSION} of this master" in refused.refusal
+    # Upgraded, or taken back, it serves.
+    registry.apply_workers([put(make_info("a"), 3)])
+    assert states(registry) == {"a": "connecting", "b": "ready"}
 
 
 def test_states_are_counted(registry: Registry[FakeStream]) -> None:

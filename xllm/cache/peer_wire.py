@@ -43,6 +43,8 @@ from xllm.security.trust import FIX, NO_PROOF, NO_SECRET_HERE
 PEER_PROTOCOL_VERSION = 1
 
 MAX_HANDSHAKE_BYTES = 4096
+MAX_REASON_CHARS = 200
+"""What a refusal repeats of what it refuses."""
 MAX_FETCH_BLOCKS = 64
 """Of one Fetch: bounds what the serving side reads for it, and what is lost if it is not answered
 in time."""
@@ -177,8 +179,8 @@ def check_hello(hello: Hello, worker_id: WorkerId, layout: PeerLayout) -> str:
             "run the same version of xllm on both"
         )
     if hello.callee != worker_id:
-        return f"this is worker {worker_id}, not {hello.callee}"
-    return layout.difference(hello.layout)
+        return f"this is worker {worker_id}, not {hello.callee[:MAX_REASON_CHARS]}"
+    return layout.difference(hello.layout)[:MAX_REASON_CHARS]
 
 
 def check_proof_wanted(hello: Hello, *, wants: bool) -> str:

@@ -37,6 +37,9 @@ ALIGNMENT = 4096
 FORMAT_VERSION = 1
 HEADER_BYTES = 128
 
+MAX_SEQUENCE = (1 << 63) - 1
+"""No slab lives to see it; whatever says more was not written by us."""
+
 _MAGIC = b"xKVb"
 _SUPERBLOCK_MAGIC = b"xKVslab\n"
 _SUPERBLOCK = struct.Struct("<8sQQQ16sQ")
@@ -132,6 +135,8 @@ def decode_superblock(raw: bytes, geometry: SlabGeometry, root: BlockHash) -> in
     if len(raw) != SUPERBLOCK_BYTES:
         return None
     first_sequence: int = _SUPERBLOCK.unpack_from(raw)[-1]
+    if first_sequence > MAX_SEQUENCE:
+        return None
     return first_sequence if raw == encode_superblock(geometry, root, first_sequence) else None
 
 
@@ -156,6 +161,7 @@ def decode_headers(raw: Buffer, payload_bytes: int, first_sequence: int) -> list
         & (fields["version"] == FORMAT_VERSION)
         & (fields["payload_bytes"] == payload_bytes)
         & (fields["sequence"] >= first_sequence)
+        & (fields["sequence"] <= MAX_SEQUENCE)
     )
     order = np.argsort(fields["sequence"][plausible], kind="stable")
     view = raw.data

@@ -8,7 +8,7 @@ BURST_S = 5.0
 """Of its share that a worker may save up."""
 
 LOAD_REPORT_BYTES = 1024
-"""With its key, about: a worker with three tiers and two masters writes 800."""
+"""Of a report: 610 with three tiers and two masters, 50 for each further master, and its key."""
 MIN_PUTS_PER_S = 0.1
 MIN_BYTES_PER_S = 1024.0
 """For clusters so large that load reports alone use up the budget."""

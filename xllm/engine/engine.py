@@ -11,8 +11,8 @@ one queue of commands, one callback per step, and `statistics()`, an immutable s
 replaced after each step. A request's listener gets every delta and exactly one end: the last delta
 of each sample, or one error; after `cancel` it is not called any more.
 
-The cache's books are shared with the thread that serves peers (`cache/shared_books.py`): while a step
-is computed, blocks may be pinned and unpinned for peers, but no sequence is changed.
+The cache's books are shared with the thread that serves peers (`cache/shared_books.py`): while a
+step is computed, blocks may be pinned and unpinned for peers, but no sequence is changed.
 
 A step that raises fails the requests in it (EngineFault), frees their blocks, and the loop goes
 on; after MAX_FAULTS_IN_A_ROW of them the engine gives up, and `wait_closed` raises.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 from xllm.config import EngineConfig
 from xllm.engine.scheduler import SchedulerLimits
 from xllm.errors import InvalidRequest
-from xllm.protocol import GenerateRequest, SamplingParams
+from xllm.protocol import MAX_N, GenerateRequest, SamplingParams
 
-MAX_SAMPLES = 512
-"""Of one prompt: more than the public API lets a client ask for."""
-MAX_LOGPROBS = 100
-"""Alternatives per token; likewise."""
+_MAX_INT32 = 2**31 - 1
+_MAX_FLOAT = 1e6
+"""Far beyond what is of use, and far from what float32 cannot hold."""
 
 
 def scheduler_limits(config: EngineConfig, max_model_len: int) -> SchedulerLimits:
@@ -28,56 +26,70 @@ def scheduler_limits(config: EngineConfig, max_model_len: int) -> SchedulerLimit
 
 
 def check_request(request: GenerateRequest, max_model_len: int, vocab_size: int) -> None:
-    """Raises: InvalidRequest."""
-    num_tokens = len(request.prompt_ids) + max(request.sampling.max_tokens, 1)
+    """Whatever the scheduler, the decoder and the sampler take for granted.
+
+    A client's mistake is refused long before; this is for masters, of which a worker believes
+    nothing that would harm other requests.
+
+    Raises: InvalidRequest.
+    """
+    sampling = request.sampling
+    num_tokens = len(request.prompt_ids) + max(sampling.max_tokens, 1)
     if not request.prompt_ids:
         raise InvalidRequest("the prompt is empty", param="prompt")
-    if request.sampling.max_tokens == 0:
+    if sampling.max_tokens == 0:
         num_tokens -= 1
     if num_tokens > max_model_len:
         raise InvalidRequest(
-            f"{len(request.prompt_ids)} prompt tokens and up to {request.sampling.max_tokens} "
+            f"{len(request.prompt_ids)} prompt tokens and up to {sampling.max_tokens} "
             f"output tokens are more than the {max_model_len} that this worker can hold",
             param="max_tokens",
         )
-    _check_token_ids(request.prompt_ids, vocab_size, "prompt")
-    _check_token_ids(request.output_ids, vocab_size, "output_ids")
-    _check_token_ids(request.sampling.logit_bias, vocab_size, "logit_bias")
-    if len(request.output_ids) > request.sampling.max_tokens:
-        raise InvalidRequest("more output than max_tokens", param="output_ids")
-    if not 0 < request.n <= MAX_SAMPLES or not 0 <= request.index <= MAX_SAMPLES:
-        raise InvalidRequest(f"must be from 1 to {MAX_SAMPLES}", param="n")
-    _check_sampling(request.sampling)
+    _check_token_ids("prompt", request.prompt_ids, vocab_size)
+    _check_samples(request)
+    _check_token_ids("output_ids", request.output_ids, vocab_size)
+    _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    _check_token_ids("logit_bias", sampling.logit_bias, vocab_size)
+    _check_numbers(sampling, vocab_size)
 
 
-def _check_token_ids(token_ids: Collection[int], vocab_size: int, param: str) -> None:
+def _check_token_ids(param: str, token_ids: Collection[int], vocab_size: int) -> None:
     if token_ids and (max(token_ids) >= vocab_size or min(token_ids) < 0):
         raise InvalidRequest(f"token ids must be from 0 to {vocab_size - 1}", param=param)
 
 
-def _check_sampling(sampling: SamplingParams) -> None:
-    """The public API has checked more; here it is that no request may harm the others of its
-    batch, whoever sent it."""
-    numbers = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
-    }
-    for param, number in numbers.items():
-        if not math.isfinite(number):
-            raise InvalidRequest("must be a finite number", param=param)
-    if not all(map(math.isfinite, sampling.logit_bias.values())):
-        raise InvalidRequest("must be finite numbers", param="logit_bias")
-    if sampling.temperature < 0:
-        raise InvalidRequest("must not be negative", param="temperature")
-    if sampling.repetition_penalty <= 0:
-        raise InvalidRequest("must be positive", param="repetition_penalty")
-    for param, count in (
-        ("logprobs", sampling.logprobs),
-        ("prompt_logprobs", sampling.prompt_logprobs),
+def _check_samples(request: GenerateRequest) -> None:
+    if not 1 <= request.n <= MAX_N:
+        raise InvalidRequest(f"n must be from 1 to {MAX_N}, not {request.n}", param="n")
+    if not 0 <= request.index <= _MAX_INT32:
+        raise InvalidRequest(f"sample {request.index} cannot be numbered", param="index")
+    if request.output_ids and (
+        request.n != 1 or len(request.output_ids) >= request.sampling.max_tokens
     ):
-        if count is not None and not 0 <= count <= MAX_LOGPROBS:
-            raise InvalidRequest(f"must be from 0 to {MAX_LOGPROBS}", param=param)
+        raise InvalidRequest(
+            f"{len(request.output_ids)} output tokens of {request.sampling.max_tokens} with "
+            f"n = {request.n}: nothing is left to be done",
+            param="output_ids",
+        )
+
+
+def _check_numbers(sampling: SamplingParams, vocab_size: int) -> None:
+    for name, low, high in (
+        ("temperature", 0.0, _MAX_FLOAT),
+        ("top_p", 0.0, 1.0),
+        ("top_k", 0, _MAX_INT32),
+        ("min_p", 0.0, 1.0),
+        ("seed", 0, 2**63 - 1),
+        ("max_tokens", 0, _MAX_INT32),
+        ("min_tokens", 0, _MAX_INT32),
+        ("presence_penalty", -_MAX_FLOAT, _MAX_FLOAT),
+        ("frequency_penalty", -_MAX_FLOAT, _MAX_FLOAT),
+        ("repetition_penalty", 1e-6, _MAX_FLOAT),
+        ("logprobs", 0, vocab_size),
+        ("prompt_logprobs", 0, vocab_size),
+    ):
+        value = getattr(sampling, name)
+        if value is not None and not low <= value <= high:
+            raise InvalidRequest(f"{name} must be from {low} to {high}, not {value}", param=name)
+    if not all(-_MAX_FLOAT <= bias <= _MAX_FLOAT for bias in sampling.logit_bias.values()):
+        raise InvalidRequest("logit_bias must be of finite numbers", param="logit_bias")

@@ -128,6 +128,9 @@ class ClusterBackend:
         return is_away
 
     def admit(self, model_id: str) -> None:
+        for member in self._registry.usable(model_id):
+            if member.stream is not None and member.stream.queue.num_queued < MIN_QUEUED:
+                return
         self._admitting(self._registry.candidates(model_id))
 
     def generate(self, request: GenerateRequest) -> RoutedGeneration:
@@ -195,9 +198,12 @@ class ClusterBackend:
         admitting, least_s = [], math.inf
         for candidate in candidates:
             queue = self._registry.stream(candidate.worker_id).queue
+            if queue.num_queued < MIN_QUEUED:
+                admitting.append(candidate)
+                continue
             rate = candidate.load.prefill_tokens_per_s if candidate.load is not None else 0.0
             wait_s = queue.wait_s(rate, now)
-            if wait_s <= limit_s or queue.num_queued < MIN_QUEUED:
+            if wait_s <= limit_s:
                 admitting.append(candidate)
             least_s = min(least_s, wait_s)
         if not admitting:

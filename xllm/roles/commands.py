@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from xllm.protocol import BlockHash, Command, CommandState
+from xllm.protocol import BlockHash, Command, CommandState, decode_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ def decode_command(value: bytes) -> Command | None:
     if not value:
         return None
     try:
-        return msgspec.json.decode(value, type=Command)
-    except msgspec.MsgspecError as error:
+        return decode_json(value, Command)
+    except ValueError as error:
         logger.warning("bad_command error=%r", str(error))
         return None
 

@@ -64,7 +64,7 @@ class HotPrefixDuty:
                 await asyncio.sleep(PERIOD_S)
                 if is_leader():
                     for model_id in self._hot:
-                        for assignment in self._assign(model_id):
+                        for assignment in self._assign(model_id) + self._rescue(model_id):
                             tasks.create_task(self._fetch(desk, model_id, assignment))
 
     def _assign(self, model_id: str) -> list[Assignment]:
@@ -81,9 +81,24 @@ class HotPrefixDuty:
         able = [worker_id for worker_id in addresses if worker_id in num_requests]
         return self._hot[model_id].assign(business, able)
 
+    def _rescue(self, model_id: str) -> list[Assignment]:
+        leaving = self._registry.leaving_block_addresses(model_id)
+        if not leaving:
+            return []
+        try:
+            candidates = self._registry.candidates(model_id)
+        except RequestError:
+            return []
+        num_requests = {c.worker_id: float(c.num_requests) for c in candidates}
+        able = [w for w in self._registry.block_addresses(model_id) if w in num_requests]
+        return self._hot[model_id].rescue(num_requests.__getitem__, able, leaving)
+
     async def _fetch(self, desk: CommandDesk, model_id: str, assignment: Assignment) -> None:
         info = self._registry.info(assignment.worker)
-        addresses = self._registry.block_addresses(model_id)
+        addresses = {
+            **self._registry.leaving_block_addresses(model_id),
+            **self._registry.block_addresses(model_id),
+        }
         sources = [holder for holder in assignment.holders if holder in addresses]
         if info is None or not sources:
             return

@@ -12,6 +12,9 @@ more than one worker can serve. Counts fade with a half-life of `HALF_LIFE_S`.
 Of the nested prefixes that are too hot, the longest goes that still has most of the demand: a
 system prompt, not what one user wrote after it.
 
+What a worker holds that leaves, and nobody else, is fetched while it can still be asked, whether it
+is wanted by many or not.
+
 Routing itself would spread a hot prefix, too, as soon as a queue costs more than a fetch; then it
 is a request that waits for the fetch.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from xllm.cache.event_codec import short_hash
 from xllm.cache.index import CacheIndex
@@ -36,6 +40,10 @@ MIN_BLOCKS = 4
 PAUSE_S = 2.0
 """Until the same prefix is given to another worker: the first one's fetch has to show."""
 MAX_TRACKED = 4096
+MAX_RESCUED = 32
+"""Prefixes of workers that leave, at a time."""
+MAX_RESCUE_LOOKUPS = 256
+"""Of those that are tracked, the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,38 @@ class HotPrefixes:
             assignments.append(Assignment(others[0][1], demand.names, holders))
         return assignments
 
+    def rescue(
+        self,
+        backlog_s: Callable[[WorkerId], float],
+        workers: Collection[WorkerId],
+        leaving: Collection[WorkerId],
+    ) -> list[Assignment]:
+        """Who of `workers` is to fetch what only those that are `leaving` hold.
+
+        What was asked for last comes first; each prefix as long as it is known, without the shorter
+        ones in it.
+        """
+        targets = sorted(workers, key=lambda worker: (backlog_s(worker), worker))
+        if not targets or not leaving:
+            return []
+        now = self._clock()
+        recent = list(islice(reversed(self._demands.values()), MAX_RESCUE_LOOKUPS))
+        recent.sort(key=lambda demand: -len(demand.names))
+        rescued: list[Assignment] = []
+        for demand in recent:
+            if len(rescued) == MAX_RESCUED:
+                break
+            holders = self._holders(demand, [*workers, *leaving])
+            if not holders or now < demand.not_before or any(w in workers for w in holders):
+                continue
+            demand.not_before = now + PAUSE_S
+            if any(a.names[: len(demand.names)] == demand.names for a in rescued):
+                continue
+            # Dealt out, so that no single one has to evict for all of them.
+            target = targets[len(rescued) % len(targets)]
+            rescued.append(Assignment(target, demand.names, holders))
+        return rescued
+
     def _goes_instead(self, demand: _Demand, longer: _Demand, now: float) -> bool:
         return longer.names[: len(demand.names)] == demand.names and longer.workers(
             now
@@ -123,4 +163,4 @@ class HotPrefixes:
 
 
 def _fade(seconds: float) -> float:
-    return 0.5 ** (seconds / HALF_LIFE_S)
+    return math.exp(-math.log(2) * seconds / HALF_LIFE_S)

@@ -63,12 +63,14 @@ class IndexViewStatistics:
 class _Epoch:
     """How far one worker's present epoch is known."""
 
-    __slots__ = ("chunks", "gen", "id", "is_over", "lost", "seq")
+    __slots__ = ("chunks", "gen", "id", "is_over", "lost", "seen", "seq")
 
     def __init__(self, epoch_id: int) -> None:
         self.id = epoch_id
         self.seq = 0
         """The last number that the index includes; 0: nothing was published yet."""
+        self.seen = 0
+        """The last number that was heard of since the last read, applied or not."""
         self.gen = 0
         self.chunks: dict[tuple[int, int], bytes] = {}
         """Of generations that have no head yet."""
@@ -151,6 +153,10 @@ class IndexView:
                 epoch = self._epochs.get(update.worker_id)
                 if epoch is not None and epoch.id == update.epoch:
                     yield from self._load(update.worker_id, epoch, update.kvs)
+                    if epoch.seq < epoch.seen and not epoch.lost:
+                        # It was read before that was written; the next one is read after.
+                        self._lose(update.worker_id, epoch, f"read {epoch.seq} of {epoch.seen}")
+                    epoch.seen = epoch.seq
             case str():
                 epoch = self._epochs.get(update)
                 if epoch is not None and epoch.is_over:
@@ -197,21 +203,25 @@ class IndexView:
         if epoch is None or epoch.id != lease or epoch.is_over:
             self._num_late += 1
             return
-        if epoch.lost:
-            return
         match name:
             case ["d", seq_text]:
                 seq = int(seq_text, 16)
+                epoch.seen = max(epoch.seen, seq)
+                if epoch.lost:
+                    return
                 if seq == epoch.seq + 1:
                     yield from self._apply_batch(worker_id, epoch, codec.decode_delta(value), seq)
                 elif seq > epoch.seq:
                     self._lose(worker_id, epoch, f"delta {seq} after {epoch.seq}")
             case ["s", gen_text, number_text]:
                 gen = int(gen_text, 16)
-                if gen > epoch.gen:
+                if gen > epoch.gen and not epoch.lost:
                     epoch.chunks[gen, int(number_text, 16)] = value
             case ["head"]:
-                yield from self._apply_head(worker_id, epoch, codec.decode_head(value))
+                head = codec.decode_head(value)
+                epoch.seen = max(epoch.seen, head.base_seq)
+                if not epoch.lost:
+                    yield from self._apply_head(worker_id, epoch, head)
             case _:
                 raise ValueError("unknown key")
 
@@ -243,8 +253,12 @@ class IndexView:
     ) -> Iterator[None]:
         for tier in TierCode:
             yield from self._index.clear_slices(worker_id, tier)
-        for chunk in chunks:
-            yield from self._index.apply_slices(worker_id, codec.decode_chunk(chunk))
+        try:
+            for chunk in chunks:
+                yield from self._index.apply_slices(worker_id, codec.decode_chunk(chunk))
+        except BadValue as error:
+            self._lose(worker_id, epoch, str(error))  # changes go with all of it or nothing
+            raise
         epoch.gen, epoch.seq = (head.gen, head.base_seq) if head is not None else (0, 0)
 
     def _lose(self, worker_id: WorkerId, epoch: _Epoch, reason: str) -> None:
@@ -275,7 +289,9 @@ class IndexView:
         for worker_id, lease in leases.items():
             yield from self._begin(worker_id, lease)
             kvs = by_epoch.get((worker_id, lease), ())
-            yield from self._load(worker_id, self._epochs[worker_id], kvs)
+            epoch = self._epochs[worker_id]
+            yield from self._load(worker_id, epoch, kvs)
+            epoch.seen = epoch.seq
 
     def _load(self, worker_id: WorkerId, epoch: _Epoch, kvs: Sequence[KeyValue]) -> Iterator[None]:
         """Brings one worker to what these keys, all of its epoch, say."""
@@ -304,10 +320,12 @@ class IndexView:
         gen = head.gen if head is not None else 0
         goes_on = not epoch.lost and base <= epoch.seq <= max(deltas, default=base)
         if not goes_on:
-            numbers = range(head.chunks if head is not None else 0)
+            num_chunks = head.chunks if head is not None else 0
+            # A number is believed no further than there are values.
+            numbers = range(min(num_chunks, len(chunks)))
             wanted = [chunks[gen, i] for i in numbers if (gen, i) in chunks]
-            if len(wanted) < len(numbers):
-                raise BadValue(f"generation {gen} has {len(wanted)} of {len(numbers)} chunks")
+            if len(wanted) < num_chunks:
+                raise BadValue(f"generation {gen} has {len(wanted)} of {num_chunks} chunks")
             yield from self._replace(worker_id, epoch, head, wanted)
         epoch.lost = False
         epoch.gen = gen

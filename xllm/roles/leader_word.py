@@ -9,7 +9,7 @@ from contextlib import aclosing
 import msgspec
 
 from xllm.coordination import PUT, EtcdClient, Keys, Snapshot, watch_prefix
-from xllm.protocol import LeaderWord
+from xllm.protocol import LeaderWord, decode_json
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ def decode_word(value: bytes) -> LeaderWord | None:
     if not value:
         return None
     try:
-        return msgspec.json.decode(value, type=LeaderWord)
-    except msgspec.MsgspecError as error:
+        return decode_json(value, LeaderWord)
+    except ValueError as error:
         logger.warning("bad_leader_word error=%r", str(error))
         return None
 

@@ -2,7 +2,8 @@
 
     startup   ports, with the API answering 503; etcd, which may be an own child; registration
     serve     until cancelled
-    stop      the API lets running requests end for a moment; then the lease is given back
+    stop      no new connections; running requests get `--drain_timeout`; then the lease is given
+              back. After /admin/leave, see `departure.py`
 
 Any number of masters serve side by side. One is elected for what must be done once: `leader.py`.
 """
@@ -29,6 +30,7 @@ from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_admin import ClusterAdmin
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.cost_routing import Targets
+from xllm.roles.departure import Departure, Drained
 from xllm.roles.global_index import GlobalIndex
 from xllm.roles.guards import Guards
 from xllm.roles.hot_prefix_duty import HotPrefixDuty
@@ -45,10 +47,17 @@ ETCD_RETRY_S = 1.0
 
 
 async def run_master(config: MasterConfig, reload: Reload) -> None:
-    """Serves until cancelled.
+    """Serves until cancelled or drained.
 
     Raises: ConfigError, EtcdUnavailable.
     """
+    try:
+        await _serve(config, reload)
+    except* Drained:
+        logger.info("master_drained")
+
+
+async def _serve(config: MasterConfig, reload: Reload) -> None:
     keys = Keys(config.etcd.etcd_namespace)
     guards = Guards(config, reload)
     operator_host = guards.operator_host(config)
@@ -95,11 +104,14 @@ async def run_master(config: MasterConfig, reload: Reload) -> None:
             hot if config.routing.enable_peer_fetch else None,
             guards.secret,
         )
+        departure = Departure(metrics.num_api_requests, config.drain_timeout)
         operator = OperatorPort(
             metrics,
-            is_ready=lambda: bool(backend.model_cards()),
+            is_ready=lambda: not departure.is_leaving and bool(backend.model_cards()),
             routes=[*route_port.routes, *admin.routes],
             max_body_bytes=config.api.max_body_size,
+            drain=departure.begin,
+            drain_path="/admin/leave",
             key=guards.operator_key,
         )
         operator.add_collector(cluster.collect)
@@ -111,8 +123,9 @@ async def run_master(config: MasterConfig, reload: Reload) -> None:
         # What is left last is entered first: the lease outlives the tasks, and these the API.
         etcd_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        app = build_app(backend, config.api, metrics, guards.api)
-        await stack.enter_async_context(serve(make_runner(app), api_socket, tls))
+        app = build_app(backend, config.api, metrics, guards.api, lambda: departure.is_leaving)
+        runner = make_runner(app, config.drain_timeout)
+        await stack.enter_async_context(serve(runner, api_socket, tls))
         tasks.create_task(measure_event_loop_lag(metrics))
         logger.info("master_listening url=%s://%s", "https" if tls else "http", address)
 
@@ -132,7 +145,10 @@ async def run_master(config: MasterConfig, reload: Reload) -> None:
         tasks.create_task(admin.run(session))
         tasks.create_task(backend.fetch_tokenizers(cluster.changed))
         tasks.create_task(global_index.run(client))
-        await cluster.follow(client, keys)
+        # Not in here: it has to go on until the API has ended.
+        tasks.create_task(cluster.follow(client, keys))
+        await departure.wait()
+        raise Drained
 
 
 def _listen(host: str, port: int, flag: str) -> contextlib.closing[socket.socket]:

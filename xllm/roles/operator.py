@@ -1,9 +1,12 @@
 """What operators see and do, on a port of its own.
 
 GET  /health            200 when the process can serve, else 503; for everybody
+GET  /live              200 as long as the process does anything; for everybody
 GET  /metrics           for Prometheus
 POST /admin/drain       a worker stops taking requests, lets running ones end, and ends itself;
                         ?timeout=SECONDS instead of --drain_timeout
+POST /admin/leave       a master says that it is not healthy, serves on, and ends when nobody uses
+                        it any more, or after ?timeout=SECONDS: `departure.py`
 
 and what the role adds.
 """
@@ -34,6 +37,7 @@ class OperatorPort:
         routes: Iterable[web.RouteDef] = (),
         max_body_bytes: int = 1 << 20,
         drain: Callable[[float | None], float] | None = None,
+        drain_path: str = "/admin/drain",
         key: OperatorKey | None = None,
     ) -> None:
         """`routes`: the role's own. `drain` begins to drain the process, in as many seconds as it
@@ -44,6 +48,7 @@ class OperatorPort:
         self._routes = tuple(routes)
         self._max_body_bytes = max_body_bytes
         self._drain = drain
+        self._drain_path = drain_path
         self._collectors: list[Callable[[], None]] = []
 
     def add_collector(self, collect: Callable[[], None]) -> None:
@@ -55,18 +60,22 @@ class OperatorPort:
         app.add_routes(
             [
                 web.get("/health", self._show_health),
+                web.get("/live", self._show_life),
                 web.get("/metrics", self._show_metrics),
                 *self._routes,
             ]
         )
         if self._drain is not None:
-            app.add_routes([web.post("/admin/drain", self._begin_drain)])
+            app.add_routes([web.post(self._drain_path, self._begin_drain)])
         return web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
 
     async def _show_health(self, request: web.Request) -> web.Response:
         if self._is_ready():
             return web.json_response({"status": "ok"})
         return web.json_response({"status": "not ready"}, status=503)
+
+    async def _show_life(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "alive"})
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         for collect in self._collectors:
@@ -97,7 +106,7 @@ def _guard(key: OperatorKey | None) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path == "/health":
+        if request.path in ("/health", "/live"):
             return await handler(request)
         if key is None:
             if _is_from_a_page(request):

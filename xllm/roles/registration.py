@@ -16,9 +16,21 @@ import msgspec
 
 from xllm.cache.block_hash import CacheRoot
 from xllm.coordination import KeyValue
-from xllm.protocol import MasterInfo, WorkerId, WorkerInfo
+from xllm.net import split_host_port
+from xllm.protocol import (
+    PROTOCOL_VERSION,
+    MasterInfo,
+    WorkerId,
+    WorkerInfo,
+    WorkerLoad,
+    decode_json,
+)
 
 logger = logging.getLogger(__name__)
+
+_MAX_REPORTED = 2.0**63
+"""An epoch has 63 bits; nothing that is measured comes near."""
+_MIN_REPORTED = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +67,16 @@ class CacheGroup:
         return ""
 
 
+def version_refusal(info: WorkerInfo) -> str:
+    """Why a master of this version cannot talk to the worker; empty if it can."""
+    if info.protocol_version == PROTOCOL_VERSION:
+        return ""
+    return (
+        f"protocol version {info.protocol_version} of the worker is not {PROTOCOL_VERSION} of this "
+        "master: it needs a master of its own version"
+    )
+
+
 def cache_root(info: WorkerInfo) -> CacheRoot:
     """What a worker's names of blocks begin with: `Engine.root`."""
     return CacheRoot(
@@ -63,14 +85,60 @@ def cache_root(info: WorkerInfo) -> CacheRoot:
 
 
 def decode_worker(kv: KeyValue) -> WorkerInfo | None:
-    """None, and a line in the log, for a value that is no registration."""
+    """None, and a line in the log, for a value that is no registration.
+
+    Fields that this version does not know are passed over: they are a later one's.
+    """
     if not kv.value:
         return None
     try:
-        return msgspec.json.decode(kv.value, type=WorkerInfo)
-    except msgspec.MsgspecError as error:
+        info = decode_json(kv.value, WorkerInfo)
+        _check_worker(kv, info)
+    except ValueError as error:
         logger.warning("bad_registration key=%s error=%r", kv.key, str(error))
         return None
+    return info
+
+
+def decode_load(kv: KeyValue) -> WorkerLoad | None:
+    """None, and a line in the log, for a value that is no load report."""
+    try:
+        load = decode_json(kv.value, WorkerLoad)
+        _check_numbers(msgspec.to_builtins(load))
+    except ValueError as error:
+        logger.warning("bad_load key=%s error=%r", kv.key, str(error))
+        return None
+    return load
+
+
+def _check_numbers(value: object) -> None:
+    """Products of a few of them have to be finite, and each has to be sayable in msgpack.
+
+    Raises: ValueError.
+    """
+    match value:
+        case dict():
+            for item in value.values():
+                _check_numbers(item)
+        case list() | tuple():
+            for item in value:
+                _check_numbers(item)
+        case float() | int():
+            if not -_MAX_REPORTED <= value <= _MAX_REPORTED or 0 < abs(value) < _MIN_REPORTED:
+                raise ValueError(f"{value} is no number of ours")
+
+
+def _check_worker(kv: KeyValue, info: WorkerInfo) -> None:
+    """What masters take for granted. Raises: ValueError."""
+    if kv.key.rpartition("/")[2] != info.worker_id:
+        raise ValueError(f"worker_id is {info.worker_id!r}")
+    _check_numbers(msgspec.to_builtins(info))
+    split_host_port(info.address)
+    for name in ("block_size", "device_blocks", "block_bytes"):
+        if getattr(info, name) < 1:
+            raise ValueError(f"{name} is {getattr(info, name)}")
+    if min(info.model.max_model_len, info.model.vocab_size) < 1:
+        raise ValueError(f"no model has {info.model}")
 
 
 def decode_master(kv: KeyValue) -> MasterInfo | None:
@@ -78,8 +146,8 @@ def decode_master(kv: KeyValue) -> MasterInfo | None:
     if not kv.value:
         return None
     try:
-        return msgspec.json.decode(kv.value, type=MasterInfo)
-    except msgspec.MsgspecError as error:
+        return decode_json(kv.value, MasterInfo)
+    except ValueError as error:
         logger.warning("bad_registration key=%s error=%r", kv.key, str(error))
         return None
 

@@ -10,7 +10,8 @@ A lease may be gone while its worker runs on (a pause, an etcd that came back em
 whose stream answers stays. READY workers get requests; SUSPECT ones only while no other is READY.
 
 Of the workers of one model the first sets weights, dtype and block size for as long as any that
-agrees with it is here; one that does not agree is REFUSED, and has no stream.
+agrees with it is here; one that does not agree is REFUSED, and has no stream. So is one that speaks
+another version of the protocol: a master of that version serves it.
 
 Everything here is synchronous. Whoever feeds the registry runs the streams that `streams()` names,
 and ends those that it does not name any more.
@@ -24,14 +25,18 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Generic, Protocol, TypeVar
 
-import msgspec
-
 from xllm.cache.block_hash import CacheRoot
 from xllm.coordination import PUT, Change, KeyValue, Snapshot
 from xllm.errors import NoWorker, UnknownModel
 from xllm.protocol import ModelCard, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.roles.global_scheduler import Candidate
-from xllm.roles.registration import CacheGroup, cache_root, decode_worker
+from xllm.roles.registration import (
+    CacheGroup,
+    cache_root,
+    decode_load,
+    decode_worker,
+    version_refusal,
+)
 from xllm.roles.stream_client import StreamState
 
 logger = logging.getLogger(__name__)
@@ -141,10 +146,8 @@ class Registry(Generic[StreamT]):
             worker_id = _worker_id(change.kv)
             self._loads.pop(worker_id, None)
             if change.kind is PUT and change.kv.value:
-                try:
-                    self._loads[worker_id] = msgspec.json.decode(change.kv.value, type=WorkerLoad)
-                except msgspec.MsgspecError as error:
-                    logger.warning("bad_load key=%s error=%r", change.kv.key, str(error))
+                if (load := decode_load(change.kv)) is not None:
+                    self._loads[worker_id] = load
                 self._report(self._members.get(worker_id))
 
     def settle(self) -> None:
@@ -158,12 +161,16 @@ class Registry(Generic[StreamT]):
                 logger.info("worker_removed worker_id=%s", worker_id)
                 for listen in self._on_gone:
                     listen(worker_id)
-        served = {(member.model_id, cache_root(member.info)) for member in self}
-        for member in sorted(self, key=lambda member: member.since):
+        compatible = [m for m in self if not version_refusal(m.info)]
+        served = {(member.model_id, cache_root(member.info)) for member in compatible}
+        for member in self:
+            if refusal := version_refusal(member.info):
+                self._admit(member, refusal)
+        for member in sorted(compatible, key=lambda member: member.since):
             group = self._groups.get(member.model_id)
             if group is None or (member.model_id, group.root) not in served:
                 group = self._groups[member.model_id] = CacheGroup.of(member.info)
-            self._admit(member, group)
+            self._admit(member, group.refusal(member.info))
 
     def _put(self, kv: KeyValue) -> None:
         info = decode_worker(kv)
@@ -187,8 +194,7 @@ class Registry(Generic[StreamT]):
         if member.stream is not None:
             member.stream.expect(info)
 
-    def _admit(self, member: Member[StreamT], group: CacheGroup) -> None:
-        refusal = group.refusal(member.info)
+    def _admit(self, member: Member[StreamT], refusal: str) -> None:
         if refusal and refusal != member.refusal:
             logger.warning("worker_refused worker_id=%s reason=%r", member.info.worker_id, refusal)
         member.refusal = refusal
@@ -289,6 +295,14 @@ class Registry(Generic[StreamT]):
                 if member.model_id == model_id and member.info.block_address
             }
         return addresses
+
+    def leaving_block_addresses(self, model_id: str) -> Mapping[WorkerId, str]:
+        """The same of those that take no requests any more."""
+        return {
+            member.info.worker_id: member.info.block_address
+            for member in self._of_model(model_id)
+            if member.state is MemberState.DRAINING and member.info.block_address
+        }
 
     def _of_model(self, model_id: str) -> list[Member[StreamT]]:
         members = self._by_model.get(model_id)

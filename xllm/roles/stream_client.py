@@ -192,7 +192,7 @@ class WorkerStream:
                 )
             async with asyncio.timeout(self.limits.connect_s):
                 return await connection.shaken
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, ValueError) as error:  # ValueError: a name that is none
             connection.abort("no handshake in time")
             connection.close_reason = str(error) or "no answer in time"
             return False

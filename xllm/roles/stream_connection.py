@@ -117,6 +117,11 @@ class WorkerConnection(FrameProtocol):
         expected = stream.info
         if welcome.worker_id != expected.worker_id:
             raise frames.FrameError(f"reached worker {welcome.worker_id}")
+        if welcome.protocol_version != PROTOCOL_VERSION:
+            raise frames.FrameError(
+                f"protocol version {welcome.protocol_version} of the worker is not "
+                f"{PROTOCOL_VERSION} of this master: run the same version of xllm on both"
+            )
         if self.shaken.done():
             return
         self._check_proof(welcome)

@@ -29,6 +29,7 @@ from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.reload import Reload
 from xllm.roles.cache_port import CachePort
 from xllm.roles.cache_upload import CacheUpload
+from xllm.roles.departure import Drained
 from xllm.roles.engine_report import EngineReport, StepMetrics
 from xllm.roles.guards import Guards
 from xllm.roles.http_server import serve
@@ -48,9 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-class _Drained(Exception):
-    """An operator has drained the worker: its process ends."""
+HANDOVER_S = 2.0
+"""A master looks every half second; then a command goes through etcd, and the blocks follow."""
 
 
 async def run_worker(config: WorkerConfig, reload: Reload) -> None:
@@ -78,7 +78,7 @@ async def run_worker(config: WorkerConfig, reload: Reload) -> None:
                     await worker.serve_masters(tasks)
                 else:
                     await worker.serve_clients(tasks)
-        except* _Drained:
+        except* Drained:
             logger.info("worker_drained")
 
 
@@ -202,12 +202,22 @@ class _Worker:
                 logger.info("worker_draining timeout_s=%g", self._drain_timeout_s)
                 server.refuse_new()
                 publishing = asyncio.create_task(membership.publish_info())
+                handing_over = asyncio.create_task(asyncio.sleep(self._handover_s))
                 await server.drain(self._drain_timeout_s)
+                await handing_over
                 # Requests that still run move now, and not when etcd has answered.
                 server.close()
                 publishing.cancel()
                 await asyncio.gather(publishing, return_exceptions=True)
-        raise _Drained
+        raise Drained
+
+    @property
+    def _handover_s(self) -> float:
+        """From the beginning of a drain: what masters get to have peers fetch what only this worker
+        holds. They know that only if it was published."""
+        if self._block_socket is None or not self.config.enable_cache_upload:
+            return 0.0
+        return min(HANDOVER_S, self._drain_timeout_s)
 
     def _begin_drain(self, timeout_s: float | None) -> float:
         """Returns the seconds that running requests get."""

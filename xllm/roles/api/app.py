@@ -7,11 +7,11 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from xllm.config import ApiConfig
@@ -41,9 +41,13 @@ def build_app(
     config: ApiConfig,
     metrics: Metrics,
     authenticator: Authenticator | None = None,
+    is_leaving: Callable[[], bool] = lambda: False,
 ) -> web.Application:
     """The public API over `backend`, for everybody or for whom the authenticator knows. Serve it
-    with `make_runner`."""
+    with `make_runner`.
+
+    While `is_leaving`, it serves on, but says that it is not healthy and keeps no connection.
+    """
     middlewares = [_answer_errors(metrics)]
     if authenticator is not None:
         middlewares.append(authenticator.middleware)
@@ -56,9 +60,16 @@ def build_app(
 
     app.cleanup_ctx.append(own_executor)
     app.on_response_prepare.append(_add_headers)
+
+    async def close_connection(request: web.Request, response: web.StreamResponse) -> None:
+        if is_leaving():
+            response.force_close()
+            response.headers[hdrs.CONNECTION] = "close"  # which aiohttp has decided by now
+
+    app.on_response_prepare.append(close_connection)
     encoder = PromptEncoder(executor)
     generate = GenerationHandlers(backend, encoder, config, metrics)
-    info = InfoHandlers(backend, encoder, config.max_body_size)
+    info = InfoHandlers(backend, encoder, config.max_body_size, is_leaving)
     document = openapi_document()
 
     async def openapi(request: web.Request) -> web.Response:
@@ -79,14 +90,17 @@ def build_app(
     return app
 
 
-def make_runner(app: web.Application) -> web.AppRunner:
-    """A runner that cancels the handler, and so the generation, when its client goes away."""
+def make_runner(app: web.Application, shutdown_s: float = _SHUTDOWN_S) -> web.AppRunner:
+    """A runner that cancels the handler, and so the generation, when its client goes away.
+
+    `shutdown_s`: what running requests get to end when it is cleaned up.
+    """
     return web.AppRunner(
         app,
         access_log=None,
         handler_cancellation=True,
         keepalive_timeout=_KEEPALIVE_S,
-        shutdown_timeout=_SHUTDOWN_S,
+        shutdown_timeout=shutdown_s,
     )
 
 

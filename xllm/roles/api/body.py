@@ -36,6 +36,11 @@ async def read_json(request: web.Request, max_bytes: int) -> dict[str, Any]:
         raise InvalidRequest(f"the body took over {_READ_TIMEOUT_S:.0f} s to arrive") from error
     except web.RequestPayloadError as error:
         raise InvalidRequest(f"the body cannot be read: {error}") from error
+    return parse_json(raw)
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """Raises: InvalidRequest if it is no JSON object."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:

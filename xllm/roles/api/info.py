@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -41,8 +41,15 @@ def select_model(backend: Backend, model_id: str | None) -> ModelCard:
 
 
 class InfoHandlers:
-    def __init__(self, backend: Backend, encoder: PromptEncoder, max_body_size: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        encoder: PromptEncoder,
+        max_body_size: int,
+        is_leaving: Callable[[], bool],
+    ) -> None:
         self._backend = backend
+        self._is_leaving = is_leaving
         self._encoder = encoder
         self._max_body_size = max_body_size
 
@@ -55,7 +62,9 @@ class InfoHandlers:
         return json_response(_model_object(card))
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 once a request could be served."""
+        """200 while requests should come here."""
+        if self._is_leaving():
+            raise NoWorker("this master is leaving; use another one")
         if not self._backend.model_cards():
             raise NoWorker("no worker is ready to serve a model")
         return json_response({"status": "ok"})

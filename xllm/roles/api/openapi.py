@@ -104,10 +104,18 @@ def openapi_document() -> dict[str, Any]:
     }
 
 
+_EVENT = {
+    "description": "A server-sent event: a chunk as JSON, or [DONE].",
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+
+
 def _describe(operation: _Operation) -> dict[str, Any]:
     content = {"application/json": {"schema": _ref(operation.response)}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     described: dict[str, Any] = {
         "summary": operation.summary,
         "responses": {"200": {"description": "The answer.", "content": content}}

@@ -82,7 +82,9 @@ class PromptEncoder:
             param = "prompt" if is_one else f"prompt[{i}]"
             if not prompt.token_ids:
                 raise InvalidRequest(f"{param} is empty", param=param)
-            check_vocabulary(prompt.token_ids, card, param=param)
+            # What the tokenizer makes is in its own vocabulary, usually the model's.
+            if prompt.text is None or tokenizer.vocab_size > card.vocab_size:
+                check_vocabulary(prompt.token_ids, card, param=param)
         return prompts
 
     async def texts(
@@ -119,7 +121,7 @@ def _template_message(index: int, message: Message) -> dict[str, Any]:
 def _template_tool_call(call: ToolCall, param: str) -> dict[str, Any]:
     try:
         arguments = json.loads(call.function.arguments or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         param = f"{param}.function.arguments"
         raise InvalidRequest(f"{param} is not JSON: {error}", param=param) from error
     return {

@@ -23,7 +23,8 @@ from pydantic import (
     field_validator,
 )
 
-MAX_N = 128
+from xllm.protocol import MAX_N
+
 MAX_SAMPLES = 512
 """Prompts times n in one request."""
 MAX_LOGPROBS = 20

@@ -11,15 +11,23 @@ from xllm.config import SecurityConfig
 from xllm.security.tls import Tls
 
 
-@cache
 def authority(name: str = "ours") -> trustme.CA:
-    """Keys take a while to make: one authority of each name for all tests."""
+    """One of each name for all tests."""
+    return _authority(name)
+
+
+@cache
+def _authority(name: str) -> trustme.CA:
     return trustme.CA(organization_name=name, key_type=trustme.KeyType.ECDSA)
 
 
-@cache
 def certificate(name: str = "ours") -> trustme.LeafCert:
     """For loopback."""
+    return _certificate(name)
+
+
+@cache
+def _certificate(name: str) -> trustme.LeafCert:
     return authority(name).issue_cert("127.0.0.1", "localhost", key_type=trustme.KeyType.ECDSA)
 
 

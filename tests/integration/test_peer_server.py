@@ -19,6 +19,7 @@ from xllm.cache.peer_wire import (
     BLOCK_HEADER_BYTES,
     LENGTH_BYTES,
     PEER_PROTOCOL_VERSION,
+    Challenge,
     Goodbye,
     Hello,
     PeerLayout,
@@ -33,6 +34,7 @@ from xllm.cache.shared_books import SharedBooks
 from xllm.cache.slab_format import checksum_of
 from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash, WorkerId
+from xllm.security.trust import ANYBODY, Trust
 
 BLOCK_BYTES = 1 << 20
 NUM_BLOCKS = 64
@@ -47,7 +49,7 @@ def name(i: int) -> BlockHash:
 class Server:
     """Blocks 0 .. 31 are there."""
 
-    def __init__(self, limits: ServeLimits) -> None:
+    def __init__(self, limits: ServeLimits, trust: Trust = ANYBODY) -> None:
         self.memory = np.zeros((NUM_BLOCKS, BLOCK_BYTES), dtype=np.uint8)
         self.pool = BlockPool(NUM_BLOCKS)
         block_ids = self.pool.allocate(32)
@@ -58,7 +60,7 @@ class Server:
         self.pool.release(block_ids)
         self.books = SharedBooks()
         self.lender = Lender(self.pool, HostMemoryBlocks(self.memory), None, None)
-        self.server = PeerServer(A, LAYOUT, self.lender, self.books, limits)
+        self.server = PeerServer(A, LAYOUT, self.lender, self.books, limits, trust=trust)
         listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = listening.getsockname()[1]
         self.server.start(listening)
@@ -101,7 +103,7 @@ def receive(connected: socket.socket, num_bytes: int) -> bytes:
     return received
 
 
-def answer(connected: socket.socket) -> Welcome | Goodbye:
+def answer(connected: socket.socket) -> Welcome | Goodbye | Challenge:
     length = handshake_bytes(receive(connected, LENGTH_BYTES))
     return decode_answer(receive(connected, length))
 

@@ -170,7 +170,8 @@ class IndexView:
         if key.startswith(self._keys.workers):
             worker_id = WorkerId(key.removeprefix(self._keys.workers))
             if change.kind is PUT:
-                yield from self._begin(worker_id, change.kv.lease)
+                if change.kv.value:  # else somebody wrote it who is none of us
+                    yield from self._begin(worker_id, change.kv.lease)
             elif (ended := self._epochs.get(worker_id)) is not None:
                 yield from self._end(worker_id, ended)
         elif change.kind is PUT and key.startswith(self._keys.cache):
@@ -273,6 +274,8 @@ class IndexView:
             if number % SLICE_KEYS == SLICE_KEYS - 1:
                 yield
             if kv.key.startswith(self._keys.workers):
+                if not kv.value:
+                    continue
                 leases[WorkerId(kv.key.removeprefix(self._keys.workers))] = kv.lease
             elif kv.key.startswith(self._keys.cache):
                 try:

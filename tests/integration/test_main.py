@@ -24,6 +24,7 @@ def say(line):
 {role}
 
 def load(config, reload):
+    reload.add("keys", lambda: say("read again"))
     if "load" in globals().get("slow", ""):
         say("ready")
         time.sleep(60)
@@ -100,6 +101,29 @@ def test_a_worker_that_is_to_drain_for_longer_gets_the_time(start: Start) -> Non
     _await_ready(process)
     process.send_signal(signal.SIGTERM)
     assert _end(process) == (EXIT_OK, "drained\n", "")
+
+
+def test_sighup_reads_keys_again_and_a_later_one_does_not_cut_a_drain_short(start: Start) -> None:
+    role = SERVES.replace("sleep(0.01)", "sleep(0.3)").replace(
+        "finally:", "finally:\n        say('ends')"
+    )
+    process = start(role, flags=("--role=master", "--api_keys_file=keys"))
+    _await_ready(process)
+    assert process.stdout is not None
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == "read again\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "ends\n"
+    process.send_signal(signal.SIGHUP)
+    assert _end(process)[:2] == (EXIT_OK, "drained\n")
+
+
+def test_sighup_ends_a_process_that_has_nothing_to_read_again(start: Start) -> None:
+    process = start(SERVES)
+    _await_ready(process)
+    process.send_signal(signal.SIGHUP)
+    assert _end(process)[0] == -signal.SIGHUP
 
 
 def test_a_role_that_returns_is_a_clean_end(start: Start) -> None:

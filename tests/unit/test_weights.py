@@ -92,6 +92,36 @@ def test_missing_or_damaged_files_are_named(folder: Path, tmp_path: Path) -> Non
         weight_files(sharded)
 
 
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.mkdir, (str(Evil.trap),))
+
+    trap: Path
+
+
+def test_a_pickle_is_never_loaded(folder: Path, tmp_path: Path) -> None:
+    Evil.trap = tmp_path / "trap"
+    config = load_config(folder)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        torch.save({"model.norm.weight": Evil()}, folder / name)
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        Checkpoint(folder, config, torch.float32, CPU)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"lacks the weights model\.safetensors"):
+        Checkpoint(folder, config, torch.float32, CPU)
+    assert not Evil.trap.exists()
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "pytorch_model.bin"])
+def test_an_index_cannot_name_files_elsewhere(folder: Path, name: str) -> None:
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="of that folder only"):
+        weight_files(folder)
+
+
 def test_fingerprint_differs_by_one_bit_of_one_weight(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     config = load_config(folder)

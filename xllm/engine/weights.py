@@ -199,6 +199,11 @@ def weight_files(folder: Path) -> list[Path]:
             raise ConfigError(f"{index} cannot be used: {error}") from error
     else:
         names = {_SINGLE}
+    # The index comes with the model, which may be anybody's.
+    if strange := [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]:
+        raise ConfigError(
+            f"{index} names {strange[0]!r}: weights are read from *.safetensors of that folder only"
+        )
     files = [folder / name for name in sorted(names)]
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:

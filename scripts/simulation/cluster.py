@@ -64,7 +64,7 @@ class Cluster:
         self._apply_s = 0.0
         self.summary = Summary(num_workers)
         for worker_id in ids:
-            self._put(_KEYS.worker(worker_id), b"", self._epochs[worker_id])
+            self._put(_KEYS.worker(worker_id), b"{}", self._epochs[worker_id])
             self._plans[worker_id].begin_epoch(0.0)
             self._upload(worker_id)
             self._report(worker_id)

@@ -204,8 +204,7 @@ class SealTarget(Target):
     name = "seals"
 
     def __init__(self) -> None:
-        seal = Seal(ClusterSecret("s" * 32))
-        seal._nonce = 1 << 62  # later than any clock: the same record for the same seed
+        seal = Seal(ClusterSecret("s" * 32), clock_ns=lambda: 1)
         key = _KEYS.worker(WorkerId("a:1"))
         self._record = msgspec.json.encode(_INFO)
         self._closed: SealInput = (key, seal.close(key, self._record, 7), 7)

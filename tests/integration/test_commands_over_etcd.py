@@ -108,7 +108,7 @@ async def test_a_later_run_of_a_worker_does_nothing_that_was_meant_for_the_earli
             epoch=Epoch(99),
             kind=CommandKind.DRAIN,
             master_id=MASTER,
-            created_at=0.0,
+            created_at=time.time(),
             state=state,
         )
 

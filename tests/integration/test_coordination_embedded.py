@@ -37,7 +37,9 @@ uvloop.run(main())
 def default_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:
     """A free port in place of 2379, and a folder in place of /tmp."""
     port = free_port()
-    monkeypatch.setattr(embedded, "DEFAULT_ETCD_ADDR", f"127.0.0.1:{port}")
+    for module in ("client", "embedded"):
+        name = f"xllm.coordination.{module}.DEFAULT_ETCD_ADDR"
+        monkeypatch.setattr(name, f"127.0.0.1:{port}")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return port
 

@@ -176,13 +176,15 @@ async def test_a_server_that_cannot_prove_itself_is_not_believed(asks: bool) -> 
     """It says Welcome at once, or after a challenge, but cannot know the proof."""
 
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(4096)
-        if asks:
-            writer.write(encode_handshake(Challenge(new_nonce())))
+        try:
             await reader.read(4096)
-        writer.write(encode_handshake(Welcome(PEER_PROTOCOL_VERSION, A, b"x" * 32)))
-        await reader.read()
-        writer.transport.abort()
+            if asks:
+                writer.write(encode_handshake(Challenge(new_nonce())))
+                await reader.read(4096)
+            writer.write(encode_handshake(Welcome(PEER_PROTOCOL_VERSION, A, b"x" * 32)))
+            await reader.read()
+        finally:
+            writer.transport.abort()
 
     impostor = await asyncio.start_server(play, "127.0.0.1", 0)
     async with impostor:

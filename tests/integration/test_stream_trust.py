@@ -202,9 +202,11 @@ async def test_a_worker_cannot_be_played_from_a_record(caplog: pytest.LogCapture
     record = b"".join(down)
 
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(record)
-        await reader.read()
-        writer.transport.abort()
+        try:
+            writer.write(record)
+            await reader.read()
+        finally:
+            writer.transport.abort()
 
     impostor = await asyncio.start_server(play, "127.0.0.1", 0)
     async with impostor:

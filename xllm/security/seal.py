@@ -18,6 +18,7 @@ import hmac
 import logging
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,8 +47,11 @@ class _Seen:
 class Seal:
     """Of one process. Values that are not right are read as empty ones, which nothing decodes."""
 
-    def __init__(self, secret: ClusterSecret | None) -> None:
+    def __init__(
+        self, secret: ClusterSecret | None, clock_ns: Callable[[], int] = time.time_ns
+    ) -> None:
         """Without a secret, records are written and read as they are, within bounds."""
+        self._clock_ns = clock_ns
         self._key = None if secret is None else secret.key("record")
         self._nonce = 0
         self._seen: dict[str, _Seen] = {}
@@ -60,7 +64,7 @@ class Seal:
         assert value.endswith(b"}")
         assert value != b"{}"
         # As wide as a clock, so that a process that is started again goes on where it was.
-        self._nonce = max(self._nonce + 1, time.time_ns())
+        self._nonce = max(self._nonce + 1, self._clock_ns())
         nonce = b"%016x" % self._nonce
         mac = self._mac(key, lease_id, nonce, value).hex().encode()
         return value[:-1] + b',"proof":{"nonce":"' + nonce + b'","mac":"' + mac + b'"}}'

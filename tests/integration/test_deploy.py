@@ -40,7 +40,7 @@ DRAIN_PAUSE_S = 5
 OTHERS = re.compile(
     r"--(name|data-dir|(listen|advertise|initial-advertise)-(client|peer)-urls|endpoints"
     r"|initial-cluster(-state)?|auto-compaction-(mode|retention)|from-file|build|scale|build-arg"
-    r"|once|regenerate|minutes|strict|inputs|seed|json|members)\b"
+    r"|once|regenerate|minutes|strict|inputs|seed|json|members|prefix)\b"
 )
 
 Config = MasterConfig | WorkerConfig

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.child import Child, running
 from benchmarks.report import Row, at_least, at_most, plain
 from xllm.model_store import resolve_model
 
@@ -31,8 +29,6 @@ NUM_FULL = NUM_PROMPT_TOKENS // 32
 RAW_BYTES = 96 << 20
 NUM_SEQS = 8
 NUM_STEPS = 40
-ANSWER_TIMEOUT_S = 300.0
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -109,41 +105,16 @@ async def _serving_cost(serving: _Worker, fetching: _Worker, num_rounds: int) ->
 
 
 class _Worker:
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-
-    async def read(self) -> Any:
-        assert self._process.stdout is not None
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            line = await self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("a worker ended; what it said is above")
-        return json.loads(line)
+    def __init__(self, child: Child) -> None:
+        self._child = child
 
     async def ask(self, name: str, *arguments: object) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([name, arguments]).encode() + b"\n")
-        return await self.read()
+        return await self._child.ask([name, arguments])
 
 
 @asynccontextmanager
 async def _worker(folder: Path, dtype: str, name: str) -> AsyncIterator[_Worker]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.peer_worker", str(folder), dtype, name),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"},
-    )
-    try:
-        worker = _Worker(process)
-        await worker.read()
-        yield worker
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(10):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+    module = "benchmarks.peer_worker"
+    async with running(sys.executable, "-m", module, str(folder), dtype, name) as child:
+        await child.read()
+        yield _Worker(child)

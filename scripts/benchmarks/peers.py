@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median
 
+from benchmarks.child import ROOT, Child, running
 from benchmarks.report import Row, at_least, at_most
 from xllm.model_store import resolve_model
 
@@ -34,8 +34,6 @@ HIT_TOKENS = 4096
 HIT_TARGET = 0.25
 LOAD_TIMEOUT_S = 900.0
 """The first start compiles."""
-ANSWER_TIMEOUT_S = 300.0
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -116,22 +114,11 @@ async def _measure(vllm_python: Path, model: Path, num_threads: int, num_rounds:
 
 
 class _Peer:
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-
-    async def read(self, timeout_s: float) -> float | str:
-        assert self._process.stdout is not None
-        async with asyncio.timeout(timeout_s):
-            line = await self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("a peer ended; what it said is above")
-        answer: float | str = json.loads(line)
-        return answer
+    def __init__(self, child: Child) -> None:
+        self._child = child
 
     async def ask(self, kind: str, size: int) -> float:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"kind": kind, "size": size}).encode() + b"\n")
-        return float(await self.read(ANSWER_TIMEOUT_S))
+        return float(await self._child.ask({"kind": kind, "size": size}))
 
 
 @asynccontextmanager
@@ -139,27 +126,7 @@ async def _peer(
     python: Path, module: str, model: Path, environment: Mapping[str, str]
 ) -> AsyncIterator[_Peer]:
     """A process that serves peer_protocol.py, until the end of the block."""
-    process = await asyncio.create_subprocess_exec(
-        str(python),
-        "-m",
-        module,
-        str(model),
-        str(BLOCK_SIZE),
-        str(MAX_MODEL_LEN),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"} | environment,
-    )
-    try:
-        peer = _Peer(process)
-        await peer.read(LOAD_TIMEOUT_S)
-        yield peer
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(10):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+    command = (str(python), "-m", module, str(model), str(BLOCK_SIZE), str(MAX_MODEL_LEN))
+    async with running(*command, environment=environment) as child:
+        await child.read(LOAD_TIMEOUT_S)
+        yield _Peer(child)

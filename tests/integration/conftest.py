@@ -22,6 +22,15 @@ def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
         server.kill()
 
 
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Llama with random weights."""
+    # Only now, because it imports torch.
+    from tests.golden.tiny_models import TINY_MODELS, write_model
+
+    return write_model(tmp_path_factory.mktemp("model") / "llama", TINY_MODELS["llama"])
+
+
 @pytest.fixture
 async def client(etcd: EtcdServer) -> AsyncIterator[EtcdClient]:
     client = EtcdClient([etcd.address])

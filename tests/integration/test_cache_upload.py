@@ -10,10 +10,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import pytest
 from etcd_server import EtcdServer, until
 
-from tests.golden.tiny_models import TINY_MODELS, prompt_ids, write_model
+from tests.golden.tiny_models import prompt_ids
 from xllm.cache.event_codec import TierCode, short_hash
 from xllm.cache.index import CacheIndex
 from xllm.cache.tier import TierName
@@ -44,11 +43,6 @@ CONFIG = EngineConfig(
     disk_cache_size=2 << 20,
     disk_write_policy="write_through",
 )
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "llama", TINY_MODELS["llama"])
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.golden.tiny_models import TINY_MODELS, prompt_ids, write_model
+from tests.golden.tiny_models import prompt_ids
 from xllm.cache.lender import LendCounters, Lender
 from xllm.cache.news import CacheNews
 from xllm.cache.peer_client import PeerLimits
@@ -57,11 +57,6 @@ CONFIG = EngineConfig(
 )
 NONE_SERVED = {TierName.DEVICE: 0, TierName.HOST: 0, TierName.DISK: 0}
 A, B = WorkerId("a"), WorkerId("b")
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "llama", TINY_MODELS["llama"])
 
 
 class Worker:

@@ -82,11 +82,6 @@ class FaultyIO:
         return ""
 
 
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "llama", TINY_MODELS["llama"])
-
-
 @asynccontextmanager
 async def running(
     config: EngineConfig, folder: Path, io: VectorIO = OS_IO

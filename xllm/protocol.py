@@ -1,6 +1,7 @@
 """What processes say to each other: the messages, not how they travel.
 
-Everything here is frozen and carries no behaviour beyond (de)serialisation. Messages on the
+Everything here is frozen and carries no behaviour beyond (de)serialisation and sums of its own
+fields. Messages on the
 token stream (`roles/stream.py`) are msgpack; values in etcd are JSON.
 
 A request is fully described by `GenerateRequest`: prompt, output so far, sampling, seed. So any
@@ -221,6 +222,10 @@ class PrefillCost(msgspec.Struct, frozen=True, array_like=True):
     step_s: float
     token_s: float
     pair_s: float
+
+    def seconds(self, start: int, num_tokens: int) -> float:
+        pairs = num_tokens * (start + num_tokens / 2)
+        return self.step_s + self.token_s * num_tokens + self.pair_s * pairs
 
 
 class TierUsage(msgspec.Struct, frozen=True, array_like=True):

@@ -13,7 +13,7 @@ from simulation.trace import Arrival
 from xllm.cache.block_pool import BlockEvent, BlockEventKind
 from xllm.cache.event_codec import TierCode
 from xllm.protocol import BlockHash, Epoch, PrefillCost, WorkerId, WorkerLoad
-from xllm.roles.cost_model import MAX_STEP_S, prefill_s
+from xllm.roles.cost_model import MAX_STEP_S
 
 RATES_FILE = Path(__file__).with_name("rates.json")
 
@@ -186,7 +186,7 @@ class SimulatedWorker:
         arrival = running.arrival
         start = min(sum(running.prefix) * self.rates.block_size, arrival.num_tokens - 1)
         share = 1.0 - self.step_s / MAX_STEP_S if self.num_decoding else 1.0
-        return prefill_s(self.cost, start, arrival.num_tokens - start) / max(share, 0.25)
+        return self.cost.seconds(start, arrival.num_tokens - start) / max(share, 0.25)
 
 
 def _name(block: int) -> BlockHash:

@@ -13,7 +13,7 @@ from xllm.cache.event_codec import EventBatch, Section, TierCode
 from xllm.cache.index import CacheIndex
 from xllm.protocol import Epoch, PrefillCost, WorkerId, WorkerLoad
 from xllm.roles import cost_model
-from xllm.roles.cost_model import ReuseMeter, prefill_s
+from xllm.roles.cost_model import ReuseMeter
 from xllm.roles.cost_routing import CREDIT_S, CostRouting, Fetch, Prompt, Targets
 from xllm.roles.global_scheduler import Candidate
 
@@ -92,7 +92,7 @@ def test_own_dispatches_count_until_a_report_has_them() -> None:
         for e in world.routing.explain(world.prompt(OTHER), world.candidates)
         if e.worker_id == first
     }
-    assert backlog == pytest.approx(prefill_s(COST, 0, len(PREFIX) * BLOCK + 1))
+    assert backlog == pytest.approx(COST.seconds(0, len(PREFIX) * BLOCK + 1))
     world.report(first, num_unacknowledged=1, queue_s=1.0)
     assert world.routing.explain(world.prompt(OTHER), world.candidates)[-1].parts.backlog_s > 1.1
     world.report(first, queue_s=1.0)

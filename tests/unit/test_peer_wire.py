@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xllm.cache.block_hash import split_hashes
 from xllm.cache.peer_fetch import BlockOutcome, BlockReceiver, Peer, PeerFetch
 from xllm.cache.peer_wire import (
     BLOCK_HEADER_BYTES,
@@ -26,7 +27,6 @@ from xllm.cache.peer_wire import (
     check_hello,
     decode_answer,
     decode_fetch_header,
-    decode_hashes,
     decode_hello,
     encode_fetch,
     encode_handshake,
@@ -98,7 +98,7 @@ def test_fetches_come_through_and_are_bounded() -> None:
     names = [BlockHash(bytes([i]) * 16) for i in range(3)]
     frame = encode_fetch(7, names)
     assert decode_fetch_header(frame[:FETCH_HEADER_BYTES]) == (7, 3)
-    assert decode_hashes(frame[FETCH_HEADER_BYTES:]) == names
+    assert split_hashes(frame[FETCH_HEADER_BYTES:]) == names
     for count in (0, MAX_FETCH_BLOCKS + 1, 0xFFFFFFFF):
         with pytest.raises(WireError):
             decode_fetch_header((7).to_bytes(4, "little") + count.to_bytes(4, "little"))

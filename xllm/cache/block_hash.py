@@ -73,3 +73,9 @@ def hash_blocks(
         parent = BlockHash(sha256(parent + raw[offset : offset + stride]).digest()[:HASH_BYTES])
         hashes.append(parent)
     return hashes
+
+
+def split_hashes(raw: bytes) -> list[BlockHash]:
+    """raw: HASH_BYTES for each."""
+    starts = range(0, len(raw), HASH_BYTES)
+    return [BlockHash(raw[start : start + HASH_BYTES]) for start in starts]

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
-import sys
 import threading
 
 import numpy as np
 
 from xllm.cache.slab_format import Buffer
+from xllm.cache.threads import lower_priority
 
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14."""
@@ -46,8 +45,7 @@ def populate_in_background(pages: Buffer) -> None:
     """`populate` on a thread that only gets what nobody else wants of the cores, slice by slice."""
 
     def work() -> None:
-        if sys.platform == "linux":  # where threads have a priority each
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        lower_priority()
         for start in range(0, pages.nbytes, _SLICE_BYTES):
             populate(pages[start : start + _SLICE_BYTES])
 

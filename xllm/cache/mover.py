@@ -23,20 +23,16 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import os
 import queue
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
+from xllm.cache.threads import lower_priority
 from xllm.errors import TierIOError
 
 logger = logging.getLogger(__name__)
-
-LOWEST_PRIORITY = 19
-"""As `nice` has it."""
 
 
 class TransferState(enum.Enum):
@@ -163,9 +159,8 @@ class Mover:
         """On any thread. `wake`: the engine should look at it though others of the group go on."""
         transfer.error = error
         with self._lock:
-            self._report(transfer)
-            is_awaited = transfer.group is None or transfer.group.num_left == 0
-        if is_awaited or wake:
+            is_last = self._report(transfer)
+        if is_last or wake:
             self._on_ended()
 
     def try_start_store(
@@ -258,16 +253,18 @@ class Mover:
         transfer.seconds = time.perf_counter() - started
         with self._lock:
             self._num_stores -= transfer.is_store
-            self._report(transfer)
-            is_awaited = transfer.group is None or transfer.group.num_left == 0
-        if is_awaited:
+            is_last = self._report(transfer)
+        if is_last:
             self._on_ended()
 
-    def _report(self, transfer: Transfer) -> None:
+    def _report(self, transfer: Transfer) -> bool:
+        """With the lock held: it has ended. -> whether it is the last one of its group."""
         transfer.state = TransferState.ENDED
         self._ended.put(transfer)  # before others of the group can see that none is left
-        if transfer.group is not None:
-            transfer.group.num_left -= 1
+        if transfer.group is None:
+            return True
+        transfer.group.num_left -= 1
+        return transfer.group.num_left == 0
 
     def _begin(self, waiting: deque[Transfer]) -> Transfer:
         transfer = waiting.popleft()
@@ -278,8 +275,7 @@ class Mover:
         self._work(self._loads, self._has_load)
 
     def _run_stores(self) -> None:
-        if sys.platform == "linux":  # where threads have a priority each
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        lower_priority()
         self._work(self._stores, self._has_store)
 
     def _work(self, waiting: deque[Transfer], has_some: threading.Condition) -> None:

@@ -25,7 +25,7 @@ from xllm.cache.peer_wire import (
     handshake_bytes,
 )
 from xllm.security.secret import HandshakeKey
-from xllm.security.trust import FIX, NO_PROOF, NO_SECRET_HERE, WRONG_PROOF
+from xllm.security.trust import FIX, Claim
 
 
 class PeerListener(Protocol):
@@ -53,8 +53,8 @@ class PeerConnection(asyncio.BufferedProtocol):
         key: HandshakeKey | None = None,
     ) -> None:
         """`key`: what both sides have to prove; `hello` has a nonce then."""
-        self._key = key
-        self._said = [handshake_body(hello)]
+        self._claim = Claim(key, "fetching", "serving")
+        self._claim.begin(handshake_body(hello))
         self.shaken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done after the handshake, with WireError or OSError if it failed."""
         self._hello = hello
@@ -131,25 +131,20 @@ class PeerConnection(asyncio.BufferedProtocol):
         self.shaken.set_result(None)
 
     def _prove(self, challenge: bytes) -> None:
-        if self._key is None:
-            raise WireError(f"{NO_SECRET_HERE}: {FIX}")
-        if len(self._said) != 1:
-            raise WireError("a second challenge")
-        self._said.append(challenge)
-        proof = Proof(self._key.prove("fetching", *self._said))
-        self._said.append(handshake_body(proof))
+        mac, refusal = self._claim.prove(challenge)
+        if refusal:
+            raise WireError(refusal)
+        proof = Proof(mac)
+        self._claim.proven(handshake_body(proof))
         self.write(encode_handshake(proof))
         self._handshake = memoryview(bytearray(LENGTH_BYTES))
         self._has_length = False
 
     def _check_proof(self, welcome: Welcome) -> None:
         """Raises: WireError unless the peer knows the secret too, or there is none."""
-        if self._key is None:
-            return
         unproven = handshake_body(msgspec.structs.replace(welcome, proof=b""))
-        was_asked = len(self._said) == 3
-        if not was_asked or not self._key.check(welcome.proof, "serving", *self._said, unproven):
-            raise WireError(f"{WRONG_PROOF if was_asked else NO_PROOF}: {FIX}")
+        if refusal := self._claim.check(welcome.proof, unproven):
+            raise WireError(f"{refusal}: {FIX}")
 
     def _end(self, error: Exception) -> None:
         self.abort()

@@ -20,7 +20,6 @@ import contextlib
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from xllm.cache.block_hash import HASH_BYTES
+from xllm.cache.block_hash import HASH_BYTES, split_hashes
 from xllm.cache.lender import Lender, LentBlock, Loan
 from xllm.cache.peer_socket import PeerSocket, TlsPeerSocket
 from xllm.cache.peer_wire import (
@@ -43,7 +42,6 @@ from xllm.cache.peer_wire import (
     check_hello,
     check_proof_wanted,
     decode_fetch_header,
-    decode_hashes,
     decode_hello,
     decode_proof,
     encode_handshake,
@@ -55,6 +53,7 @@ from xllm.cache.peer_wire import (
 from xllm.cache.shared_books import SharedBooks
 from xllm.cache.slab import aligned_buffer
 from xllm.cache.slab_format import Buffer, checksum_of
+from xllm.cache.threads import lower_priority
 from xllm.cache.tier import TierName
 from xllm.errors import TierIOError
 from xllm.protocol import BlockHash, WorkerId
@@ -62,9 +61,6 @@ from xllm.security.secret import new_nonce
 from xllm.security.trust import ANYBODY, FIX, WRONG_PROOF, Trust
 
 logger = logging.getLogger(__name__)
-
-SERVE_NICENESS = 19
-"""As `nice` has it: the lowest."""
 
 BUSY_SHARE = 0.04
 """Of the machine's cores, that serving takes while the engine computes. The priority alone does not
@@ -115,7 +111,7 @@ class PeerServer:
         self._thread: threading.Thread | None = None
         self._loop = asyncio.SelectorEventLoop()
         self._loans = asyncio.Semaphore(self.limits.max_loans)
-        self._disk = ThreadPoolExecutor(1, "peer-disk", initializer=_lower_priority)
+        self._disk = ThreadPoolExecutor(1, "peer-disk", initializer=lower_priority)
 
     def start(self, listening: socket.socket) -> None:
         """Serves on a bound socket, which it owns from now on."""
@@ -137,7 +133,7 @@ class PeerServer:
     # ---- peer-serve thread ----
 
     def _run(self, listening: socket.socket) -> None:
-        _lower_priority()
+        lower_priority()
         self._accepting = self._loop.create_task(self._accept(listening))
         try:
             with contextlib.suppress(asyncio.CancelledError):
@@ -229,7 +225,7 @@ class PeerServer:
         async with asyncio.timeout(self.limits.frame_s):
             header = first + await connected.receive(FETCH_HEADER_BYTES - 1)
             fetch_id, count = decode_fetch_header(header)
-            hashes = decode_hashes(await connected.receive(count * HASH_BYTES))
+            hashes = split_hashes(await connected.receive(count * HASH_BYTES))
         step = self._lender.max_blocks
         for start in range(0, count, step):
             async with self._loans:
@@ -326,8 +322,3 @@ async def _to_its_end(work: asyncio.Future[Any]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait([work])
         raise
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":  # where threads have a priority each
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SERVE_NICENESS)

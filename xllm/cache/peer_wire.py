@@ -30,11 +30,10 @@ import enum
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
-from xllm.cache.block_hash import HASH_BYTES
 from xllm.errors import PeerUnavailable
 from xllm.protocol import BlockHash, WorkerId
 from xllm.security.secret import NONCE_BYTES
@@ -48,6 +47,8 @@ MAX_REASON_CHARS = 200
 MAX_FETCH_BLOCKS = 64
 """Of one Fetch: bounds what the serving side reads for it, and what is lost if it is not answered
 in time."""
+
+_T = TypeVar("_T")
 
 _LENGTH: Final = struct.Struct("<I")
 _FETCH: Final = struct.Struct("<II")
@@ -148,26 +149,24 @@ def handshake_bytes(header: bytes | memoryview) -> int:
 
 def decode_hello(body: bytes | memoryview) -> Hello:
     """Raises: WireError."""
-    try:
-        return _hello.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"not a handshake: {error}") from error
+    return _decode(_hello, body, "a handshake")
 
 
 def decode_proof(body: bytes | memoryview) -> Proof:
     """Raises: WireError."""
-    try:
-        return _proof.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"not a proof: {error}") from error
+    return _decode(_proof, body, "a proof")
 
 
 def decode_answer(body: bytes | memoryview) -> Welcome | Goodbye | Challenge:
     """Raises: WireError."""
+    return _decode(_answer, body, "an answer to a handshake")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | memoryview, what: str) -> _T:
     try:
-        return _answer.decode(body)
+        return decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"not an answer to a handshake: {error}") from error
+        raise WireError(f"not {what}: {error}") from error
 
 
 def check_hello(hello: Hello, worker_id: WorkerId, layout: PeerLayout) -> str:
@@ -203,13 +202,6 @@ def decode_fetch_header(header: bytes | memoryview) -> tuple[int, int]:
     if not 0 < count <= MAX_FETCH_BLOCKS:
         raise WireError(f"a fetch of {count} blocks")
     return fetch_id, count
-
-
-def decode_hashes(body: bytes) -> list[BlockHash]:
-    """body: 16 bytes for each hash."""
-    return [
-        BlockHash(body[start : start + HASH_BYTES]) for start in range(0, len(body), HASH_BYTES)
-    ]
 
 
 class BlockStatus(enum.IntEnum):

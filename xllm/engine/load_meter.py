@@ -15,7 +15,6 @@ from collections.abc import Callable
 from xllm.engine.request import Sequence, SequenceState
 from xllm.engine.scheduler import Scheduler
 from xllm.engine.step_cost import StepCost, StepWork, decode_work
-from xllm.protocol import PrefillCost
 
 PERIOD_S = 0.25
 """Between two measurements while prompts wait."""
@@ -54,7 +53,7 @@ class LoadMeter:
         cost = self.cost.prefill_cost()
         if cost is None:
             return 0.0
-        seconds = sum(_prefill_s(cost, *self._rest_of(seq)) for seq in begun)
+        seconds = sum(cost.seconds(*self._rest_of(seq)) for seq in begun)
         block_size = self.scheduler.kv_cache.block_size
         lookups = MAX_LOOKUPS
         num_tokens = num_cached = 0
@@ -68,7 +67,7 @@ class LoadMeter:
             else:
                 found = seq.num_tokens * num_cached // num_tokens if num_tokens else 0
             found = min(found, seq.num_tokens - 1)
-            seconds += _prefill_s(cost, found, seq.num_tokens - found)
+            seconds += cost.seconds(found, seq.num_tokens - found)
         return seconds * self._slowdown()
 
     def _rest_of(self, seq: Sequence) -> tuple[int, int]:
@@ -87,8 +86,3 @@ class LoadMeter:
         work = sum((decode_work(seq.num_tokens) for seq in decoding), StepWork())
         share = 1.0 - self.cost.predict(work) / self.scheduler.limits.max_step_s
         return 1.0 / max(share, MIN_PREFILL_SHARE)
-
-
-def _prefill_s(cost: PrefillCost, start: int, num_tokens: int) -> float:
-    pairs = num_tokens * (start + num_tokens / 2)
-    return cost.step_s + cost.token_s * num_tokens + cost.pair_s * pairs

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from aiohttp import web
 from pydantic import Field, model_validator
 
+from xllm.cache.admin import PrefixLookup
 from xllm.cache.tier import TierName
 from xllm.errors import NoWorker, RequestError
 from xllm.protocol import ModelCard
@@ -86,7 +87,7 @@ class CachePort:
     def routes(self) -> list[web.RouteDef]:
         handlers = (self._lookup, self._clear, self._pin, self._unpin)
         return [
-            web.post(f"/admin/cache/{handler.__name__.strip('_')}", _answering_errors(handler))
+            web.post(f"/admin/cache/{handler.__name__.strip('_')}", answering_errors(handler))
             for handler in handlers
         ]
 
@@ -102,14 +103,7 @@ class CachePort:
         found = await engine.call(
             lambda: engine.cache_admin.lookup(token_ids, body.salt(self._secret))
         )
-        return json_response(
-            {
-                "prompt_tokens": len(token_ids),
-                "matched_tokens": found.num_matched,
-                "matched_tokens_by_tier": _by_name(found.matched_by_tier),
-                "held_tokens_by_tier": _by_name(found.held_by_tier),
-            }
-        )
+        return json_response({"prompt_tokens": len(token_ids), **describe_lookup(found)})
 
     async def _clear(self, request: web.Request) -> web.Response:
         raw = await read_json(request, self._max_body_bytes) if request.can_read_body else {}
@@ -117,7 +111,7 @@ class CachePort:
         engine = self._running_engine()
         tier = None if body.tier is None else TierName(body.tier)
         cleared = await engine.call(lambda: engine.cache_admin.clear(tier))
-        return json_response({"cleared_blocks": _by_name(cleared)})
+        return json_response({"cleared_blocks": by_name(cleared)})
 
     async def _pin(self, request: web.Request) -> web.Response:
         body = validate(PinBody, await read_json(request, self._max_body_bytes))
@@ -142,9 +136,7 @@ class CachePort:
         if self._tokenizer is None and body.token_ids is None:
             assert self._load_tokenizer is not None
             self._tokenizer = await asyncio.to_thread(self._load_tokenizer)
-        with ThreadPoolExecutor(1, thread_name_prefix="encode") as executor:
-            encoder = PromptEncoder(executor)
-            return engine, await encode_prompt(body, encoder, self._tokenizer, self._card)
+        return engine, await encode_prompt(body, self._tokenizer, self._card)
 
     def _running_engine(self) -> Engine:
         if self._engine is None:
@@ -153,7 +145,7 @@ class CachePort:
 
 
 async def encode_prompt(
-    body: PromptBody, encoder: PromptEncoder, tokenizer: Tokenizer | None, card: ModelCard
+    body: PromptBody, tokenizer: Tokenizer | None, card: ModelCard
 ) -> list[int]:
     """A prompt's token ids; the tokenizer may be missing where these are given.
 
@@ -163,26 +155,40 @@ async def encode_prompt(
         check_vocabulary(body.token_ids, card, param="token_ids")
         return body.token_ids
     assert tokenizer is not None
-    if body.messages is not None:
-        chat = ChatRequest(
-            messages=body.messages,
-            chat_template_kwargs=body.chat_template_kwargs,
-            add_generation_prompt=body.add_generation_prompt,
-        )
-        return (await encoder.chat(chat, tokenizer)).token_ids
-    assert body.text is not None
-    [prompt] = await encoder.texts([body.text], tokenizer, add_special_tokens=True)
-    return prompt.token_ids
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as executor:
+        encoder = PromptEncoder(executor)
+        if body.messages is not None:
+            chat = ChatRequest(
+                messages=body.messages,
+                chat_template_kwargs=body.chat_template_kwargs,
+                add_generation_prompt=body.add_generation_prompt,
+            )
+            return (await encoder.chat(chat, tokenizer)).token_ids
+        assert body.text is not None
+        [prompt] = await encoder.texts([body.text], tokenizer, add_special_tokens=True)
+        return prompt.token_ids
 
 
-def _by_name(counts: Mapping[TierName, int]) -> dict[str, int]:
+def describe_lookup(found: PrefixLookup) -> dict[str, Any]:
+    """As JSON."""
+    return {
+        "matched_tokens": found.num_matched,
+        "matched_tokens_by_tier": by_name(found.matched_by_tier),
+        "held_tokens_by_tier": by_name(found.held_by_tier),
+    }
+
+
+def by_name(counts: Mapping[TierName, int]) -> dict[str, int]:
+    """As JSON."""
     return {tier.value: count for tier, count in counts.items()}
 
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
-def _answering_errors(handler: Handler) -> Handler:
+def answering_errors(handler: Handler) -> Handler:
+    """`handler`, with the answer that clients of the API get where it raises RequestError."""
+
     async def answer(request: web.Request) -> web.Response:
         try:
             return await handler(request)

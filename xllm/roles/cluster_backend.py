@@ -23,7 +23,7 @@ from xllm.errors import (
 )
 from xllm.protocol import GenerateRequest, ModelCard, TokenDelta, WorkerId, WorkerInfo, WorkerLoad
 from xllm.roles.admission import MIN_QUEUED
-from xllm.roles.car_policy import NO_PEERS, CostAware, CostRoute, Peers
+from xllm.roles.car_policy import MAX_RETRY_AFTER_S, NO_PEERS, CostAware, CostRoute, Peers
 from xllm.roles.delta_queue import Listener
 from xllm.roles.global_scheduler import Candidate
 from xllm.roles.registration import cache_root
@@ -34,8 +34,6 @@ from xllm.telemetry import Metrics
 from xllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-MAX_RETRY_AFTER_S = 30
 
 RECONNECT_S = 2.0
 """So long after a connection was lost, new requests wait for it to be made again."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ from xllm.cache.block_hash import hash_blocks
 from xllm.cache.event_codec import TierCode, short_hashes
 from xllm.cache.index import CacheIndex
 from xllm.coordination import EtcdRefused
-from xllm.errors import EtcdUnavailable, InvalidRequest, NoWorker, RequestError
+from xllm.errors import EtcdUnavailable, InvalidRequest, NoWorker
 from xllm.protocol import (
     BlockHash,
     Command,
@@ -40,11 +39,9 @@ from xllm.protocol import (
     WorkerInfo,
 )
 from xllm.roles.api.body import read_json, validate
-from xllm.roles.api.errors import error_response
 from xllm.roles.api.info import json_response, select_model
-from xllm.roles.api.prompts import PromptEncoder
 from xllm.roles.api.requests import ApiModel
-from xllm.roles.cache_port import MAX_TTL_S, PromptBody, encode_prompt
+from xllm.roles.cache_port import MAX_TTL_S, PromptBody, answering_errors, encode_prompt
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.command_desk import CommandDesk
 from xllm.roles.commands import join_names
@@ -247,8 +244,7 @@ class ClusterPort:
         card = select_model(self._backend, body.model)
         workers = self._registered(card.model_id, body.workers)
         tokenizer = await self._backend.tokenizer(card.model_id)
-        with ThreadPoolExecutor(1, thread_name_prefix="encode") as executor:
-            token_ids = await encode_prompt(body, PromptEncoder(executor), tokenizer, card)
+        token_ids = await encode_prompt(body, tokenizer, card)
         root = self._registry.cache_root(card.model_id)
         names = hash_blocks(root.hash(body.salt(self._secret)), token_ids, root.block_size)
         return _Prompt(names, len(token_ids), workers, root.block_size)
@@ -291,17 +287,15 @@ class ClusterPort:
         self, act: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
     ) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def answer(request: web.Request) -> web.Response:
+            has_body = request.can_read_body
+            raw = await read_json(request, self._max_body_bytes) if has_body else {}
             try:
-                has_body = request.can_read_body
-                raw = await read_json(request, self._max_body_bytes) if has_body else {}
                 return json_response(await act(raw))
-            except RequestError as error:
-                return error_response(error)
             except (EtcdUnavailable, EtcdRefused) as error:
                 reason = f"commands go through etcd, and it does not take them: {error}"
-                return error_response(NoWorker(reason, retry_after_s=1))
+                raise NoWorker(reason, retry_after_s=1) from error
 
-        return answer
+        return answering_errors(answer)
 
 
 def _answer(command: Command) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xllm.cache.tier import TierName
 from xllm.errors import InvalidRequest
 from xllm.protocol import BlockHash, Command, CommandKind, FetchRange
+from xllm.roles.cache_port import by_name, describe_lookup
 from xllm.roles.commands import Done, split_names
 
 if TYPE_CHECKING:
@@ -51,14 +52,10 @@ class CommandActions:
         match command.kind:
             case CommandKind.LOOKUP:
                 found = await engine.call(lambda: admin.lookup_blocks(names))
-                return {
-                    "matched_tokens": found.num_matched,
-                    "matched_tokens_by_tier": _by_name(found.matched_by_tier),
-                    "held_tokens_by_tier": _by_name(found.held_by_tier),
-                }
+                return describe_lookup(found)
             case CommandKind.CLEAR:
                 tier = None if command.tier is None else _clearable(command.tier)
-                return {"cleared_blocks": _by_name(await engine.call(lambda: admin.clear(tier)))}
+                return {"cleared_blocks": by_name(await engine.call(lambda: admin.clear(tier)))}
             case CommandKind.PIN:
                 ttl_s = command.ttl_s
                 num_pinned = await engine.call(lambda: admin.pin_blocks(names, ttl_s))
@@ -77,7 +74,3 @@ def _clearable(name: str) -> TierName:
     if tier is None:
         raise InvalidRequest(f"tier {name!r}: expected {', '.join(CLEARABLE)}")
     return tier
-
-
-def _by_name(counts: Mapping[TierName, int]) -> dict[str, int]:
-    return {tier.value: count for tier, count in counts.items()}

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from xllm.cache.block_hash import HASH_BYTES, split_hashes
 from xllm.protocol import BlockHash, Command, CommandState, decode_json
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ ABSENT_S = 20.0
 when, much later, a worker of that name comes."""
 READ_S = 60.0
 """An outcome that nobody has read by then will not be read any more."""
-
-HASH_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,5 +82,4 @@ def split_names(blocks: bytes) -> list[BlockHash]:
     """Raises: ValueError."""
     if len(blocks) % HASH_BYTES:
         raise ValueError(f"blocks has {len(blocks)} bytes, expected {HASH_BYTES} for each")
-    starts = range(0, len(blocks), HASH_BYTES)
-    return [BlockHash(blocks[start : start + HASH_BYTES]) for start in starts]
+    return split_hashes(blocks)

@@ -53,12 +53,6 @@ _SCATTER = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
-def prefill_s(cost: PrefillCost, start: int, num_tokens: int) -> float:
-    """Seconds to compute `num_tokens` after a context of `start`."""
-    pairs = num_tokens * (start + num_tokens / 2)
-    return cost.step_s + cost.token_s * num_tokens + cost.pair_s * pairs
-
-
 class CostKind:
     """Workers that compute at about the same cost, and that cost.
 
@@ -79,7 +73,7 @@ class CostKind:
     def matches(self, cost: PrefillCost) -> bool:
         """Whether a short and a long prompt both cost about the same."""
         for num_tokens in (512, 8192):
-            mine, other = prefill_s(self.cost, 0, num_tokens), prefill_s(cost, 0, num_tokens)
+            mine, other = self.cost.seconds(0, num_tokens), cost.seconds(0, num_tokens)
             if max(mine, other) > self.NOISE * min(mine, other):
                 return False
         return True
@@ -253,7 +247,7 @@ class WorkerView:
         """At least the last token is computed, whatever is held."""
         if start >= num_tokens:
             start = num_tokens - 1
-        return prefill_s(self.kind.cost, start, num_tokens - start)
+        return self.kind.cost.seconds(start, num_tokens - start)
 
     def _displace_block_s(
         self, load: WorkerLoad, compute_block_s: float, reuse: ReuseMeter

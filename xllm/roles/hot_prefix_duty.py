@@ -14,7 +14,7 @@ from typing import Any
 from xllm.cache.index import CacheIndex
 from xllm.coordination import EtcdRefused
 from xllm.errors import EtcdUnavailable, RequestError
-from xllm.protocol import CommandKind, FetchRange, GenerateRequest, WorkerId
+from xllm.protocol import CommandKind, FetchRange, GenerateRequest
 from xllm.roles.car_policy import CostAware, CostRoute
 from xllm.roles.command_desk import CommandDesk
 from xllm.roles.commands import join_names
@@ -64,34 +64,21 @@ class HotPrefixDuty:
                 await asyncio.sleep(PERIOD_S)
                 if is_leader():
                     for model_id in self._hot:
-                        for assignment in self._assign(model_id) + self._rescue(model_id):
+                        for assignment in self._assignments(model_id):
                             tasks.create_task(self._fetch(desk, model_id, assignment))
 
-    def _assign(self, model_id: str) -> list[Assignment]:
-        addresses = self._registry.block_addresses(model_id)
-        try:
-            candidates = self._registry.candidates(model_id)
-        except RequestError:
-            return []
-        num_requests = {c.worker_id: c.num_requests for c in candidates}
-
-        def business(worker_id: WorkerId) -> float:
-            return num_requests[worker_id]
-
-        able = [worker_id for worker_id in addresses if worker_id in num_requests]
-        return self._hot[model_id].assign(business, able)
-
-    def _rescue(self, model_id: str) -> list[Assignment]:
-        leaving = self._registry.leaving_block_addresses(model_id)
-        if not leaving:
-            return []
+    def _assignments(self, model_id: str) -> list[Assignment]:
+        """For workers that take requests and serve blocks; how busy they are is how many requests
+        they have."""
         try:
             candidates = self._registry.candidates(model_id)
         except RequestError:
             return []
         num_requests = {c.worker_id: float(c.num_requests) for c in candidates}
         able = [w for w in self._registry.block_addresses(model_id) if w in num_requests]
-        return self._hot[model_id].rescue(num_requests.__getitem__, able, leaving)
+        leaving = self._registry.leaving_block_addresses(model_id)
+        hot, business = self._hot[model_id], num_requests.__getitem__
+        return hot.assign(business, able) + hot.rescue(business, able, leaving)
 
     async def _fetch(self, desk: CommandDesk, model_id: str, assignment: Assignment) -> None:
         info = self._registry.info(assignment.worker)

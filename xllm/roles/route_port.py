@@ -6,18 +6,13 @@ would have, `cache_salt` included. Nothing runs, and nothing that the answer dep
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 from aiohttp import web
 from pydantic import Field
 
-from xllm.errors import RequestError
 from xllm.protocol import GenerateRequest, SamplingParams
 from xllm.roles.api.body import read_json, validate
-from xllm.roles.api.errors import error_response
 from xllm.roles.api.info import json_response, select_model
-from xllm.roles.api.prompts import PromptEncoder
-from xllm.roles.cache_port import PromptBody, encode_prompt
+from xllm.roles.cache_port import PromptBody, answering_errors, encode_prompt
 from xllm.roles.car_policy import DEFAULT_PRIORITY
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.security.secret import ClusterSecret
@@ -47,20 +42,13 @@ class RoutePort:
 
     @property
     def routes(self) -> list[web.RouteDef]:
-        return [web.post("/admin/route", self._answer)]
-
-    async def _answer(self, request: web.Request) -> web.Response:
-        try:
-            return await self._route(request)
-        except RequestError as error:
-            return error_response(error)
+        return [web.post("/admin/route", answering_errors(self._route))]
 
     async def _route(self, request: web.Request) -> web.Response:
         body = validate(RouteBody, await read_json(request, self._max_body_bytes))
         card = select_model(self._backend, body.model)
         tokenizer = await self._backend.tokenizer(card.model_id)
-        with ThreadPoolExecutor(1, thread_name_prefix="encode") as executor:
-            token_ids = await encode_prompt(body, PromptEncoder(executor), tokenizer, card)
+        token_ids = await encode_prompt(body, tokenizer, card)
         candidates = self._backend.explain(
             GenerateRequest(
                 request_id="explained",

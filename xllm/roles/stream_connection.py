@@ -17,7 +17,7 @@ from xllm.roles import frames
 from xllm.roles.liveness import Health
 from xllm.roles.stream import FrameProtocol
 from xllm.security.secret import new_nonce
-from xllm.security.trust import FIX, NO_PROOF, NO_SECRET_HERE, WRONG_PROOF
+from xllm.security.trust import FIX, Claim
 
 if TYPE_CHECKING:
     from xllm.roles.stream_client import WorkerStream
@@ -39,8 +39,7 @@ class WorkerConnection(FrameProtocol):
         self._has_left = False
         """The worker has said goodbye."""
         self._ping_handle: asyncio.TimerHandle | None = None
-        self._said: list[bytes] = []
-        """The handshake so far, from both sides: what is proven."""
+        self._claim = Claim(stream.trust.key, "master", "worker")
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
@@ -56,7 +55,7 @@ class WorkerConnection(FrameProtocol):
             self._session,
             new_nonce() if has_secret else b"",
         )
-        self._said = [frames.encode(hello)]
+        self._claim.begin(frames.encode(hello))
         self.send(hello)
 
     def on_closed(self, reason: str) -> None:
@@ -88,25 +87,17 @@ class WorkerConnection(FrameProtocol):
                 raise frames.FrameError("no handshake")
 
     def _prove(self, challenge: bytes) -> None:
-        key = self._stream.trust.key
-        if key is None:
-            raise frames.FrameError(f"{NO_SECRET_HERE}: {FIX}")
-        if len(self._said) != 1:
-            raise frames.FrameError("a second challenge")
-        self._said.append(challenge)
-        proof = frames.Proof(key.prove("master", *self._said))
-        self._said.append(frames.encode(proof))
+        mac, refusal = self._claim.prove(challenge)
+        if refusal:
+            raise frames.FrameError(refusal)
+        proof = frames.Proof(mac)
+        self._claim.proven(frames.encode(proof))
         self.send(proof)
 
     def _check_proof(self, welcome: frames.Welcome) -> None:
         """Raises: FrameError unless the worker knows the secret too, or there is none."""
-        key = self._stream.trust.key
-        if key is None:
-            return
         unproven = frames.encode(msgspec.structs.replace(welcome, proof=b""))
-        was_asked = len(self._said) == 3
-        if not was_asked or not key.check(welcome.proof, "worker", *self._said, unproven):
-            reason = WRONG_PROOF if was_asked else NO_PROOF
+        if reason := self._claim.check(welcome.proof, unproven):
             logger.error(
                 "worker_not_trusted worker_id=%s reason='%s'", self._stream.worker_id, reason
             )

@@ -6,19 +6,17 @@
 A name may have several keys, so that one can replace another without a gap: they share a cache and
 limits, which are stated on any one of its lines. A key without limits has those of the flags.
 
-A key that is presented is looked up by its HMAC under a key that is random per process: how long
-that takes says nothing about which keys there are. Keys are not kept, only these HMACs.
+A key that is presented is looked up by its HMAC: `bearer.py`.
 """
 
 from __future__ import annotations
 
-import hmac
 import re
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from xllm.errors import ConfigError, Unauthorized
+from xllm.security.bearer import KeyHasher, presented_key
 from xllm.security.files import read_private_file
 from xllm.security.rate_limit import RateLimiter, RateLimits
 
@@ -93,7 +91,7 @@ class ApiKeys:
         self._path = path
         self._default = default
         self._clock = clock
-        self._pepper = secrets.token_bytes(32)
+        self._hasher = KeyHasher()
         self._limiters: dict[str, RateLimiter] = {}
         self._names: dict[bytes, str] = {}
         """By the HMAC of a key."""
@@ -121,24 +119,20 @@ class ApiKeys:
             same = before is not None and before.limits == limit
             limiters[name] = before if same and before else RateLimiter(name, limit, now)
         self._limiters = limiters
-        self._names = {self._digest(key.key): key.name for key in keys}
+        self._names = {self._hasher.digest(key.key): key.name for key in keys}
 
     def authenticate(self, authorization: str | None) -> RateLimiter:
         """Whose key a request's Authorization header has.
 
         Raises: Unauthorized.
         """
-        scheme, _, key = (authorization or "").partition(" ")
-        key = key.strip()
-        if scheme.lower() != "bearer" or not key:
+        key = presented_key(authorization)
+        if not key:
             raise Unauthorized(
                 "You didn't provide an API key. You need to provide your API key in an"
                 " Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
             )
-        name = self._names.get(self._digest(key))
+        name = self._names.get(self._hasher.digest(key))
         if name is None:
             raise Unauthorized("Incorrect API key provided.", code="invalid_api_key")
         return self._limiters[name]
-
-    def _digest(self, key: str) -> bytes:
-        return hmac.digest(self._pepper, key.encode(errors="surrogateescape"), "sha256")

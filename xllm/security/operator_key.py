@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hmac
-import secrets
 
+from xllm.security.bearer import KeyHasher, presented_key
 from xllm.security.files import read_private_line
 
 MIN_KEY_CHARS = 16
@@ -17,20 +17,14 @@ class OperatorKey:
     def __init__(self, path: str) -> None:
         """Raises: ConfigError."""
         self._path = path
-        self._pepper = secrets.token_bytes(32)
+        self._hasher = KeyHasher()
         self._digest = b""
         self.reload()
 
     def reload(self) -> None:
         """Raises: ConfigError; then the key is the one of before."""
-        self._digest = self._hash(read_private_line(self._path, _FLAG, MIN_KEY_CHARS))
+        self._digest = self._hasher.digest(read_private_line(self._path, _FLAG, MIN_KEY_CHARS))
 
     def is_in(self, authorization: str | None) -> bool:
         """Whether a request's Authorization header has it."""
-        scheme, _, key = (authorization or "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(
-            self._hash(key.strip()), self._digest
-        )
-
-    def _hash(self, key: str) -> bytes:
-        return hmac.digest(self._pepper, key.encode(errors="surrogateescape"), "sha256")
+        return hmac.compare_digest(self._hasher.digest(presented_key(authorization)), self._digest)

@@ -39,7 +39,7 @@ from xllm.flag_types import (
     integer,
     pattern,
 )
-from xllm.telemetry import LOG_FORMATS, LOG_LEVELS
+from xllm.log import LOG_FORMATS, LOG_LEVELS
 
 ROLES = ("master", "worker")
 

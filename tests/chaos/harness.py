@@ -27,6 +27,8 @@ NUM_CLIENTS = 6
 NUM_CASES = 18
 MAX_TOKENS = 120
 WARM_UP_S = 5.0
+IDLE_WITHIN_S = 20.0
+"""Handing hot blocks over and fetching them goes on for a moment after the last answer."""
 PEAK_REQUESTS = 24
 """Per worker: more than its batch holds."""
 RSS_GROWTH = 1.05
@@ -136,7 +138,7 @@ class Chaos:
                     metric(master.operator_url, "xllm_api_requests_in_flight") == 0
                 ),
                 f"{master.name} has nothing to do",
-                within_s=5.0,
+                within_s=IDLE_WITHIN_S,
             )
         for worker in self._cluster.workers:
             for name in (
@@ -147,7 +149,7 @@ class Chaos:
                 await until(
                     lambda worker=worker, name=name: metric(worker.operator_url, name) == 0,
                     f"{name} of {worker.name} is 0",
-                    within_s=5.0,
+                    within_s=IDLE_WITHIN_S,
                 )
 
     def _check_memory(self, survivors: Iterable[Role], before: dict[str, int]) -> None:

@@ -174,6 +174,22 @@ async def test_the_tokens_are_the_same_from_every_tier_of_a_peer(
         assert await a.lent() == LendCounters({**NONE_SERVED, tier: 15}, 15)
 
 
+async def test_blocks_that_are_given_back_to_an_idle_engine_are_not_reported_as_used(
+    tiny_llama: Path,
+) -> None:
+    prompt = prompt_ids(250, VOCAB)
+    async with running(CONFIG, tiny_llama) as a:
+        await a.generate(prompt)
+        names = a.engine.kv_cache.name_prompt(prompt, "")
+        loan = await a.engine.call(lambda: a.lender.lend(names[: a.lender.max_blocks]))
+        async with asyncio.timeout(30):
+            while not a.engine.statistics().num_used_blocks:  # noqa: ASYNC110 - polled
+                await asyncio.sleep(0.002)
+            a.engine.books.submit(lambda: a.lender.end(loan))
+            while a.engine.statistics().num_used_blocks:  # noqa: ASYNC110 - polled
+                await asyncio.sleep(0.002)
+
+
 PROMPT = prompt_ids(250, VOCAB, seed=3)
 NUM_FULL = 15
 QUICK = PeerLimits(connect_s=0.5, stall_s=0.3, check_s=0.02, grace_s=0.05)

@@ -9,7 +9,7 @@ of a device block is computed when it is first lent, and kept until the block lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from xllm.cache.block_pool import BlockPool
@@ -68,8 +68,15 @@ class Lender:
     """Pins of blocks that are being served."""
 
     def __init__(
-        self, pool: BlockPool, device: DeviceBlocks, host: HostTier | None, disk: DiskTier | None
+        self,
+        pool: BlockPool,
+        device: DeviceBlocks,
+        host: HostTier | None,
+        disk: DiskTier | None,
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_idle` is called, with the books, when the last loan has ended: what was published of
+        the pool meanwhile counts lent blocks as used."""
         self.counters = LendCounters()
         share = max(1, pool.num_blocks // LOAN_SHARE)
         self.max_blocks = max(1, min(LOAN_BYTES // device.block_bytes, share))
@@ -78,6 +85,7 @@ class Lender:
         self._device = device
         self._host = host
         self._disk = disk
+        self._on_idle = on_idle
         self._checksums: dict[int, bytes] = {}
         """By block id: of device blocks that have kept their name since it was computed."""
         self._loans: set[Loan] = set()
@@ -109,6 +117,8 @@ class Lender:
             if loan.error is not None:
                 assert self._disk is not None
                 self._disk.detach(loan.attachment, loan.error)
+        if not self._loans:
+            self._on_idle()
 
     def evicted(self, block_id: int) -> None:
         """A device block has lost its name."""

@@ -123,7 +123,8 @@ class LowerTiersFactory:
     ) -> Tiers | None:
         """None: none is asked for. Blocks while memory is taken and the disk is scanned.
 
-        `on_ended` is called on other threads when `Tiers.poll` has something to do.
+        `on_ended` is called on any thread when `Tiers.poll` has something to do, or nothing is lent
+        any more.
         Raises: ConfigError.
         """
         config = self._runner.config
@@ -145,7 +146,7 @@ class LowerTiersFactory:
                 *(self._peer_id, layout, device, mover, self._peer_limits), self._peer_trust
             )
             peers = Peers(client, PeerBook(time.monotonic))
-            lender = Lender(pool, device, host, disk)
+            lender = Lender(pool, device, host, disk, on_idle=on_ended)
         return Tiers(
             device,
             mover,

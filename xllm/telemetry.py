@@ -29,6 +29,8 @@ _LATENCY_BUCKETS_S = (
 _LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0)
 _ERROR_BUCKETS_S = (-4.0, -1.0, -0.25, -0.1, -0.025, 0.0, 0.025, 0.1, 0.25, 1.0, 4.0)
 _BLOCK_AGE_BUCKETS_S = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
+_SAMPLE_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_ROUTE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 _TOKEN_BUCKETS = tuple(float(4**exponent) for exponent in range(10))
 
 
@@ -126,6 +128,36 @@ class Metrics:
             buckets=_TOKEN_BUCKETS,
             registry=registry,
         )
+        self.request_time_per_output_token_seconds = Histogram(
+            "xllm_request_time_per_output_token_seconds",
+            "Mean gap between the tokens of each sample that has two.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_cached_tokens = Counter(
+            "xllm_request_cached_tokens_total",
+            "Prompt tokens that were not computed, by the tier that had them.",
+            ["tier"],
+            registry=registry,
+        )
+        self.request_params_n = Histogram(
+            "xllm_request_params_n",
+            "Samples asked for by each request.",
+            buckets=_SAMPLE_BUCKETS,
+            registry=registry,
+        )
+        self.request_params_max_tokens = Histogram(
+            "xllm_request_params_max_tokens",
+            "Output tokens that each request allows.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.http_requests = Counter(
+            "xllm_http_requests_total",
+            "Answers of the public API; paths that it does not have are `other`.",
+            ["handler", "status"],
+            registry=registry,
+        )
 
     def _declare_engine(self, registry: CollectorRegistry | None) -> None:
         """The engine of one worker and its device cache."""
@@ -177,9 +209,42 @@ class Metrics:
         )
         self.request_queue_time_seconds = Histogram(
             "xllm_request_queue_time_seconds",
-            "Request submitted to first scheduled.",
+            "Request submitted to first scheduled, loading its blocks included.",
             buckets=_LATENCY_BUCKETS_S,
             registry=registry,
+        )
+        self.request_load_time_seconds = Histogram(
+            "xllm_request_load_time_seconds",
+            "Bringing up the blocks of requests that had some below the device.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_prefill_time_seconds = Histogram(
+            "xllm_request_prefill_time_seconds",
+            "First scheduled to first token.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_decode_time_seconds = Histogram(
+            "xllm_request_decode_time_seconds",
+            "First token to last.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_inference_time_seconds = Histogram(
+            "xllm_request_inference_time_seconds",
+            "First scheduled to last token.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_prefill_kv_computed_tokens = Histogram(
+            "xllm_request_prefill_kv_computed_tokens",
+            "Prompt tokens that were computed for each request.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.cache_config = Info(
+            "xllm_cache_config", "Sizes that do not change while it runs.", registry=registry
         )
 
     def _declare_tiers(self, registry: CollectorRegistry | None) -> None:
@@ -199,6 +264,9 @@ class Metrics:
         )
         self.tier_blocks_used = Gauge(
             "xllm_tier_blocks_used", "Blocks that it holds.", ["tier"], registry=registry
+        )
+        self.tier_queries = counter(
+            "tier_queries", "Prompt tokens that no faster tier had, so that it was asked.", "tier"
         )
         self.tier_hits = counter("tier_hits", "Prompt tokens that were found there.", "tier")
         self.tier_promotions = counter(
@@ -309,6 +377,24 @@ class Metrics:
             "index_late_batches", "Batches of an epoch that was over: ignored."
         )
         self.index_bad_values = counter("index_bad_values", "Values that could not be read.")
+        self.route_decisions = Counter(
+            "xllm_route_decisions_total",
+            "Attempts routed: what the chosen worker has or gets of the prompt, or `refused`.",
+            ["policy", "outcome"],
+            registry=registry,
+        )
+        self.route_matched_blocks = Counter(
+            "xllm_route_matched_blocks_total",
+            "Blocks of prompts that the chosen worker was known to hold, by tier.",
+            ["tier"],
+            registry=registry,
+        )
+        self.route_seconds = Histogram(
+            "xllm_route_seconds",
+            "What choosing a worker took.",
+            buckets=_ROUTE_BUCKETS_S,
+            registry=registry,
+        )
         self.route_fetches = counter(
             "route_fetches", "Requests sent with blocks to fetch from another worker."
         )

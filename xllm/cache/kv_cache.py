@@ -230,6 +230,7 @@ class KVCache:
         if instead is None:
             return False
         seq.load = None
+        seq.loads += ticket.spans
         self._busy |= busy
         seq.block_table = [instead.pop() if b in busy else b for b in seq.block_table]
         for tier in ticket.tiers:

@@ -9,7 +9,7 @@ from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash, FetchRange
 
 if TYPE_CHECKING:
-    from xllm.cache.loads import BlockSource, LoadTicket
+    from xllm.cache.loads import BlockSource, LoadSpan, LoadTicket
 
 
 class LowerTiers(Protocol):
@@ -54,6 +54,8 @@ class CachedSequence(Protocol):
     block_table: list[int]
     block_hashes: list[BlockHash]
     load: LoadTicket | None
+    loads: list[LoadSpan]
+    """What was loaded for it so far."""
     cached_by_tier: dict[TierName, int]
     pending_hashes: list[BlockHash]
     num_committed_blocks: int

@@ -45,6 +45,15 @@ class BlockSource(NamedTuple):
     """Of the remote tier."""
 
 
+class LoadSpan(NamedTuple):
+    """What one tier brought for one ticket, and when, by the loader's clock."""
+
+    tier: TierName
+    started_at: float
+    ended_at: float
+    num_blocks: int
+
+
 @dataclass(slots=True)
 class _Item:
     """One block of a ticket."""
@@ -68,6 +77,7 @@ class LoadTicket:
         "is_seen",
         "limit",
         "num_arrived",
+        "spans",
         "started_at",
     )
 
@@ -80,6 +90,8 @@ class LoadTicket:
         self.num_arrived = 0
         """Leading blocks whose bytes are on the device and verified."""
         self.is_done = False
+        self.spans: list[LoadSpan] = []
+        """One for each tier, when it is done."""
         self.is_seen = False
         """Its owner knows that it is done, and so which of its blocks are busy."""
 
@@ -320,6 +332,7 @@ class Loader:
             num_blocks = sum(item.arrived for run in runs for item in run.items)
             ended_at = max(now if run.ended_at is None else run.ended_at for run in runs)
             self.blocks_loaded[tier] += num_blocks
+            ticket.spans.append(LoadSpan(tier, ticket.started_at, ended_at, num_blocks))
             num_bytes = num_blocks * self._device.block_bytes
             self.rates[tier].observe(num_bytes, ended_at - ticket.started_at)
             peers = {run.source.peer for run in runs if run.source.peer is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xllm.engine.timeline import Timeline
 from xllm.errors import RequestError
 from xllm.protocol import GenerateRequest, TokenDelta
 
@@ -20,18 +21,22 @@ class RunningRequest:
         "num_open_samples",
         "num_running_samples",
         "request",
+        "timeline",
     )
 
     def __init__(
         self,
         request: GenerateRequest,
         listener: Listener,
+        timeline: Timeline,
         *,
         on_cancel: Callable[[RunningRequest], None],
         on_end: Callable[[RunningRequest], None],
     ) -> None:
         self.request = request
         self.listener: Listener | None = listener
+        self.timeline = timeline
+        """The engine thread's."""
         self.num_open_samples = request.n
         """As the event loop has seen."""
         self.num_running_samples = request.n

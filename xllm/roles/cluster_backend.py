@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -21,7 +22,15 @@ from xllm.errors import (
     UnknownModel,
     WorkerLost,
 )
-from xllm.protocol import GenerateRequest, ModelCard, TokenDelta, WorkerId, WorkerInfo, WorkerLoad
+from xllm.protocol import (
+    TIER_NAMES,
+    GenerateRequest,
+    ModelCard,
+    TokenDelta,
+    WorkerId,
+    WorkerInfo,
+    WorkerLoad,
+)
 from xllm.roles.admission import MIN_QUEUED
 from xllm.roles.car_policy import MAX_RETRY_AFTER_S, NO_PEERS, CostAware, CostRoute, Peers
 from xllm.roles.delta_queue import Listener
@@ -151,7 +160,7 @@ class ClusterBackend:
             candidates = self._registry.candidates(request.model_id, excluded)
             if request.attempt == 0:
                 candidates = self._admitting(candidates)
-            route = self._router.route(request, candidates, self._peers(request.model_id))
+            route = self._route(request, candidates)
             followed = _Followed(self._router, self._metrics, route, request.n, listener)
             # Each attempt has its own: whoever served blocks to the last one may be gone.
             sent = replace(request, fetch=list(route.fetch)) if route.fetch else request
@@ -163,10 +172,33 @@ class ClusterBackend:
             self._router.dispatched(route)
             self._on_sent(request, route)
             self._metrics.requests_routed.inc()
-            if route.fetch:
-                self._metrics.route_fetches.inc()
+            self._count(route)
             followed.running = opened
             return Placed(route.worker_id, followed.cancel)
+
+    def _route(self, request: GenerateRequest, candidates: list[Candidate]) -> CostRoute:
+        """Raises: Overloaded."""
+        started_at = time.perf_counter()
+        try:
+            return self._router.route(request, candidates, self._peers(request.model_id))
+        except Overloaded:
+            self._metrics.route_decisions.labels(self._router.name, "refused").inc()
+            raise
+        finally:
+            self._metrics.route_seconds.observe(time.perf_counter() - started_at)
+
+    def _count(self, route: CostRoute) -> None:
+        """A route that was taken."""
+        metrics, prefix = self._metrics, route.estimate.prefix
+        if route.fetch:
+            metrics.route_fetches.inc()
+            outcome = "fetch"
+        else:
+            outcome = "cached" if any(prefix) else "uncached"
+        metrics.route_decisions.labels(self._router.name, outcome).inc()
+        for tier, num_blocks in zip(TIER_NAMES, prefix, strict=True):
+            if num_blocks:
+                metrics.route_matched_blocks.labels(tier).inc(num_blocks)
 
     def explain(self, request: GenerateRequest) -> list[dict[str, Any]]:
         """What every worker would cost that may get the request, who would get it first.

@@ -258,6 +258,15 @@ class _Worker:
         await engine.start()
         try:
             self.operator.add_collector(report.collect)
+            runner = model.runner
+            sizes = {
+                "block_size": runner.block_size,
+                "block_bytes": runner.block_bytes,
+                "num_blocks": runner.num_blocks,
+                "max_model_len": runner.max_model_len,
+            }
+            labels = {name: str(size) for name, size in sizes.items()}
+            self.metrics.cache_config.info(labels | {"kv_dtype": runner.kv_dtype})
             tasks.create_task(report.log_status())
             self.cache_port.open(engine, model.card, partial(Tokenizer.from_folder, model.folder))
             yield report

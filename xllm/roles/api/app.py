@@ -110,6 +110,12 @@ def _answer_errors(metrics: Metrics) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL] = Call(_request_id(request), time.monotonic())
+        answer = await answer_any(request, handler, call)
+        status = f"{answer.status // 100}xx"
+        metrics.http_requests.labels(_handler_name(request), status).inc()
+        return answer
+
+    async def answer_any(request: web.Request, handler: Handler, call: Call) -> web.StreamResponse:
         try:
             return await handler(request)
         except RequestError as error:
@@ -136,6 +142,12 @@ def _answer_errors(metrics: Metrics) -> Middleware:
             return error_response(EngineFault("internal error"))
 
     return middleware
+
+
+def _handler_name(request: web.Request) -> str:
+    """The path as the API has it: not what a client made up."""
+    resource = request.match_info.route.resource
+    return "other" if resource is None else resource.canonical
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

@@ -97,6 +97,7 @@ class _Answer:
             self._first.append(len(self.samples))
             self.samples += [self._new_sample(prompt) for _ in range(request.n)]
         self._num_unfinished = len(self.samples)
+        self._first_token_at: list[float | None] = [None] * len(self.samples)
         self._last_token_at: list[float | None] = [None] * len(self.samples)
         self._has_tokens = False
 
@@ -156,8 +157,18 @@ class _Answer:
         metrics.e2e_request_latency_seconds.observe(time.monotonic() - self._job.received_at)
         for prompt in self._job.prompts:
             metrics.request_prompt_tokens.observe(len(prompt.token_ids))
-        for sample in self.samples:
+        for sample, first, last in zip(
+            *(self.samples, self._first_token_at, self._last_token_at), strict=True
+        ):
             metrics.request_generation_tokens.observe(sample.num_tokens)
+            if first is not None and last is not None and sample.num_tokens > 1:
+                tpot_s = (last - first) / (sample.num_tokens - 1)
+                metrics.request_time_per_output_token_seconds.observe(tpot_s)
+        for tier, num_tokens in self.usage.cached_tokens_by_tier.items():
+            metrics.request_cached_tokens.labels(tier).inc(num_tokens)
+        for request in self._job.requests:
+            metrics.request_params_n.observe(request.n)
+            metrics.request_params_max_tokens.observe(request.sampling.max_tokens)
 
     def _new_sample(self, prompt: Prompt) -> Sample:
         job = self._job
@@ -173,7 +184,9 @@ class _Answer:
 
     def _observe_gap(self, choice: int, now: float) -> None:
         last, self._last_token_at[choice] = self._last_token_at[choice], now
-        if last is not None:
+        if last is None:
+            self._first_token_at[choice] = now
+        else:
             self._metrics.inter_token_latency_seconds.observe(now - last)
 
 

@@ -26,6 +26,7 @@ from xllm.config import (
     MasterConfig,
     RoutingConfig,
     SecurityConfig,
+    TraceConfig,
     WorkerConfig,
 )
 from xllm.errors import ConfigError
@@ -75,6 +76,7 @@ def parse_command_line(argv: Sequence[str]) -> MasterConfig | WorkerConfig | Ans
         "etcd": build(EtcdConfig),
         "net": build(HostConfig),
         "log": build(LogConfig),
+        "trace": build(TraceConfig),
         "api": build(ApiConfig),
         "security": build(SecurityConfig),
     }

@@ -9,7 +9,7 @@ from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash, FetchRange
 
 if TYPE_CHECKING:
-    from xllm.cache.loads import BlockSource, LoadTicket
+    from xllm.cache.loads import BlockSource, LoadSpan, LoadTicket
 
 
 class LowerTiers(Protocol):
@@ -30,7 +30,10 @@ class LowerTiers(Protocol):
     ) -> list[BlockSource]: ...
 
     def start_load(
-        self, blocks: Seq[tuple[BlockHash, BlockSource, int]], timeout_s: float
+        self,
+        blocks: Seq[tuple[BlockHash, BlockSource, int]],
+        timeout_s: float,
+        trace: str = "",
     ) -> LoadTicket: ...
 
     def cancel(self, ticket: LoadTicket) -> None: ...
@@ -54,6 +57,10 @@ class CachedSequence(Protocol):
     block_table: list[int]
     block_hashes: list[BlockHash]
     load: LoadTicket | None
+    loads: list[LoadSpan]
+    """What was loaded for it so far."""
+    trace: str
+    """A `traceparent`, for spans of fetches; empty: no trace."""
     cached_by_tier: dict[TierName, int]
     pending_hashes: list[BlockHash]
     num_committed_blocks: int

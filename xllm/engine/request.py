@@ -32,7 +32,7 @@ from xllm.protocol import (
 )
 
 if TYPE_CHECKING:
-    from xllm.cache.loads import LoadTicket
+    from xllm.cache.loads import LoadSpan, LoadTicket
     from xllm.engine.sampler import TokenHistory
 
 
@@ -59,6 +59,7 @@ class Sequence:
         "index",
         "is_begun",
         "load",
+        "loads",
         "num_committed_blocks",
         "num_computed_tokens",
         "num_written_tokens",
@@ -69,6 +70,7 @@ class Sequence:
         "sampling",
         "state",
         "token_ids",
+        "trace",
     )
 
     def __init__(self, request: GenerateRequest, index: int, arrival: float) -> None:
@@ -94,6 +96,10 @@ class Sequence:
         """The same of the present admission, as far as it has come."""
         self.load: LoadTicket | None = None
         """While LOADING."""
+        self.loads: list[LoadSpan] = []
+        """Of all admissions; the samples of a request share it."""
+        self.trace = ""
+        """Whose children the spans of fetches are."""
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.num_committed_blocks = 0

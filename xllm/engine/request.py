@@ -33,6 +33,7 @@ from xllm.protocol import (
 
 if TYPE_CHECKING:
     from xllm.cache.loads import LoadTicket
+    from xllm.cache.store_tier import StoreQuestion
     from xllm.engine.sampler import TokenHistory
 
 
@@ -65,6 +66,7 @@ class Sequence:
         "pending_hashes",
         "prompt_len",
         "prompt_logprobs",
+        "question",
         "salt",
         "sampling",
         "state",
@@ -94,6 +96,8 @@ class Sequence:
         """The same of the present admission, as far as it has come."""
         self.load: LoadTicket | None = None
         """While LOADING."""
+        self.question: StoreQuestion | None = None
+        """Asked once: what the shared store has of the prompt."""
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.num_committed_blocks = 0

@@ -104,6 +104,11 @@ class StoreTier:
         self._num_puts = 0
 
     @property
+    def prefix(self) -> str:
+        """Of the keys of its blocks."""
+        return self._client.prefix
+
+    @property
     def is_attached(self) -> bool:
         return self._is_attached
 

@@ -79,6 +79,10 @@ class MooncakePool:
         process.kill()
         process.wait()
 
+    def thread_ids(self, name: str) -> list[int]:
+        tasks = Path(f"/proc/{self._processes[name].pid}/task")
+        return [int(task.name) for task in tasks.iterdir()]
+
     def close(self) -> None:
         for name in list(self._processes):
             self.kill(name)

@@ -78,6 +78,9 @@ class FakeTiers:
         found = takewhile(lambda h: h in self.stored, hashes)
         return [BlockSource(TierName.HOST) for _ in found]
 
+    def ask(self, hashes: list[BlockHash], block_compute_s: float | None = None) -> None:
+        return None
+
     def start_load(
         self, blocks: list[tuple[BlockHash, BlockSource, int]], timeout_s: float, trace: str = ""
     ) -> FakeTicket:

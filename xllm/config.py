@@ -171,6 +171,22 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """A pool of blocks on Mooncake Store, shared by the workers of a cluster."""
+
+    enable_kvcache_store: bool = False
+    store_protocol: str = "tcp"
+    store_master_server_address: str | None = None
+    """host:port of the `mooncake_master`; required with the store."""
+    store_metadata_server: str = "P2PHANDSHAKE"
+    store_local_hostname: str | None = None
+    """None: the advertised host."""
+    store_segment_size: int = 0
+    """Bytes of this machine's memory that the worker lends to the pool."""
+    store_replica_num: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     etcd: EtcdConfig = field(default_factory=EtcdConfig)
     net: HostConfig = field(default_factory=HostConfig)
@@ -178,6 +194,7 @@ class WorkerConfig:
     trace: TraceConfig = field(default_factory=TraceConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     worker_id: str | None = None
     """None: advertised host:port."""

@@ -17,6 +17,7 @@
     └── CacheMiss                never reaches a client: whoever catches it recomputes
         ├── CorruptBlock
         ├── PeerUnavailable
+        ├── StoreUnavailable
         └── TierIOError
 
 `label` is the value of the `label` dimension in metrics, so it comes from this closed set.
@@ -164,6 +165,12 @@ class PeerUnavailable(CacheMiss):
     """A peer did not deliver a block in time."""
 
     label = "peer_unavailable"
+
+
+class StoreUnavailable(CacheMiss):
+    """The shared store did not answer, or its client has failed."""
+
+    label = "store_unavailable"
 
 
 class TierIOError(CacheMiss):

@@ -20,6 +20,7 @@ from xllm.config import (
     MasterConfig,
     RoutingConfig,
     SecurityConfig,
+    StoreConfig,
     TraceConfig,
     WorkerConfig,
 )
@@ -34,6 +35,8 @@ from xllm.flag_types import (
     MODEL,
     NAME,
     SIZE,
+    STORE_MASTER,
+    STORE_METADATA,
     TOKENIZER_FOLDER,
     FlagType,
     choice,
@@ -473,6 +476,57 @@ WORKER_CONCERNS: tuple[Concern, ...] = (
                 "enable_cache_upload",
                 BOOLEAN,
                 "Tell masters, through etcd, which blocks this worker holds.",
+            ),
+        ),
+    ),
+    Concern(
+        "shared store",
+        (
+            Flag(
+                StoreConfig,
+                "enable_kvcache_store",
+                BOOLEAN,
+                "Keep blocks in a pool on Mooncake Store too, which all workers of the cluster"
+                " share and which outlives them; needs pip install xllm[mooncake].",
+            ),
+            Flag(
+                StoreConfig,
+                "store_protocol",
+                choice("tcp", "rdma"),
+                "How blocks travel to the pool and back.",
+            ),
+            Flag(
+                StoreConfig,
+                "store_master_server_address",
+                STORE_MASTER,
+                "Where mooncake_master is.",
+                "required with --enable_kvcache_store",
+            ),
+            Flag(
+                StoreConfig,
+                "store_metadata_server",
+                STORE_METADATA,
+                "Where the pool's members find each other: P2PHANDSHAKE is by asking one another.",
+            ),
+            Flag(
+                StoreConfig,
+                "store_local_hostname",
+                ADVERTISED_HOST,
+                "The name or address by which the pool's other members reach this worker.",
+                "the advertised host",
+            ),
+            Flag(
+                StoreConfig,
+                "store_segment_size",
+                SIZE,
+                "Memory that this worker lends to the pool, for as long as it runs. 0: none; the"
+                " pool is what mooncake_client processes and other workers lend.",
+            ),
+            Flag(
+                StoreConfig,
+                "store_replica_num",
+                integer("COPIES", 1, 16),
+                "Copies of each block in the pool, on different members.",
             ),
         ),
     ),

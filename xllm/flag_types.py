@@ -165,6 +165,28 @@ def _collector(value: str) -> str:
 COLLECTOR = FlagType("URL", _collector)
 
 
+def _store_master(value: str) -> str:
+    if value.startswith("etcd://"):
+        return value
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError("must be host:port of mooncake_master, or etcd://host:port;...")
+    return value
+
+
+STORE_MASTER = FlagType("HOST:PORT", _store_master)
+
+
+def _store_metadata(value: str) -> str:
+    kinds = ("etcd://", "http://", "https://", "redis://")
+    if value != "P2PHANDSHAKE" and not value.startswith(kinds):
+        raise ValueError(f"must be P2PHANDSHAKE or begin with {', '.join(kinds)}")
+    return value
+
+
+STORE_METADATA = FlagType("P2PHANDSHAKE|URL", _store_metadata)
+
+
 def _expanded(value: str) -> Path:
     """Raises: ValueError."""
     if "\0" in value:

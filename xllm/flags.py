@@ -26,6 +26,7 @@ from xllm.config import (
     MasterConfig,
     RoutingConfig,
     SecurityConfig,
+    StoreConfig,
     TraceConfig,
     WorkerConfig,
 )
@@ -86,7 +87,9 @@ def parse_command_line(argv: Sequence[str]) -> MasterConfig | WorkerConfig | Ans
         )
         check_security(master)
         return master
-    worker: WorkerConfig = build(WorkerConfig, **shared, engine=build(EngineConfig))
+    worker: WorkerConfig = build(
+        WorkerConfig, **shared, engine=build(EngineConfig), store=build(StoreConfig)
+    )
     _check_worker(worker)
     check_security(worker)
     return worker
@@ -97,6 +100,7 @@ def _check_worker(config: WorkerConfig) -> None:
         raise ConfigError("--enable_disagg_pd=true: not supported yet; leave it false")
     engine = config.engine
     _check_tiers(engine)
+    _check_store(config.store, engine)
     if engine.max_tokens_per_batch < engine.max_seqs_per_batch:
         raise ConfigError(
             f"--max_tokens_per_batch={engine.max_tokens_per_batch}: must be at least"
@@ -130,6 +134,27 @@ def _check_tiers(engine: EngineConfig) -> None:
         raise ConfigError(
             "--enable_prefix_cache=false: host and disk keep the blocks of the prefix cache; leave"
             " it on, or the flags of host and disk out"
+        )
+
+
+def _check_store(store: StoreConfig, engine: EngineConfig) -> None:
+    if not store.enable_kvcache_store:
+        for flag in fields(StoreConfig):
+            if getattr(store, flag.name) != flag.default:
+                raise ConfigError(
+                    f"--{flag.name}={getattr(store, flag.name)}: says how to use a store that is"
+                    " not used; add --enable_kvcache_store"
+                )
+        return
+    if store.store_master_server_address is None:
+        raise ConfigError(
+            "--enable_kvcache_store: say with --store_master_server_address where mooncake_master"
+            " is, such as 10.0.0.1:50051"
+        )
+    if not engine.enable_prefix_cache:
+        raise ConfigError(
+            "--enable_prefix_cache=false: the store keeps the blocks of the prefix cache; leave it"
+            " on, or --enable_kvcache_store out"
         )
 
 

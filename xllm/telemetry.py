@@ -257,7 +257,7 @@ class Metrics:
         )
 
     def _declare_tiers(self, registry: CollectorRegistry | None) -> None:
-        """Blocks by tier: device, host, disk, and remote for those that peers hold."""
+        """Blocks by tier: device, host, disk, and remote for those of peers and the store."""
 
         def counter(name: str, documentation: str, *labels: str) -> Counter:
             return Counter(f"xllm_{name}_total", documentation, labels, registry=registry)
@@ -284,7 +284,9 @@ class Metrics:
         self.tier_demotions = counter("tier_demotions", "Blocks stored there.", "tier")
         self.tier_evictions = counter("tier_evictions", "Blocks that gave way to others.", "tier")
         self.tier_transfer_bytes = counter(
-            "tier_transfer_bytes", "Moved, by direction: from_ or to_ and a tier.", "transfer"
+            "tier_transfer_bytes",
+            "Moved, by direction: from_ or to_ and a tier (remote: peers) or store.",
+            "transfer",
         )
         self.tier_transfer_seconds = counter(
             "tier_transfer_seconds", "What moving took, by direction.", "transfer"
@@ -300,6 +302,26 @@ class Metrics:
         )
         self.tier_detachments = counter(
             "tier_detachments", "Times the disk failed and was left alone for a while."
+        )
+        self.store_attached = Gauge(
+            "xllm_store_attached", "1: the shared store is there.", registry=registry
+        )
+        self.store_known_blocks = Gauge(
+            "xllm_store_known_blocks",
+            "Blocks that are in the shared store as far as this worker knows.",
+            registry=registry,
+        )
+        self.store_detachments = counter(
+            "store_detachments", "Times the shared store could not be had, or was lost."
+        )
+        self.store_asks = counter(
+            "store_asks", "Prompts for which the shared store was asked what it has."
+        )
+        self.store_ask_seconds = counter("store_ask_seconds", "What asking it took.")
+        self.store_failures = counter(
+            "store_failures",
+            "Blocks (unanswered: prompts) that the shared store did not bring or take, by reason.",
+            "reason",
         )
         self.peer_failures = counter(
             "peer_failures",

@@ -26,6 +26,7 @@ from xllm.cache.mover import Mover, Transfer
 from xllm.cache.peer_client import PeerClient, PeerLimits
 from xllm.cache.peer_fetch import Peer, PeerFetch
 from xllm.cache.peer_server import PeerServer
+from xllm.cache.store_process import StoreAddress
 from xllm.config import EngineConfig
 from xllm.engine.engine import Engine
 from xllm.engine.lower_tiers import LowerTiersFactory, peer_layout
@@ -45,11 +46,20 @@ def prompt_of(seed: int, num_tokens: int) -> list[int]:
 class Worker:
     """What can be asked; each public coroutine is a command."""
 
-    def __init__(self, folder: Path, dtype: str, name: str) -> None:
-        config = EngineConfig(dtype=dtype, max_cache_size=1 << 30, prefetch_timeout=60_000)
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        name: str,
+        *,
+        store: StoreAddress | None = None,
+        **tiers: Any,
+    ) -> None:
+        config = EngineConfig(dtype=dtype, max_cache_size=1 << 30, prefetch_timeout=60_000, **tiers)
         self._name = WorkerId(name)
         runner = Runner(config, folder)
-        self._engine = Engine(runner, LowerTiersFactory(runner, peer_id=self._name))
+        factory = LowerTiersFactory(runner, peer_id=self._name, store=store)
+        self._engine = Engine(runner, factory)
         self._bench = BenchEngine(self._engine)
         self._layout = peer_layout(runner, self._engine.root)
         self._listening = socket.create_server(("127.0.0.1", 0))
@@ -186,7 +196,8 @@ def _ignore(transfer: Transfer) -> None:
     pass
 
 
-async def _serve(worker: Worker) -> None:
+async def serve(worker: Worker) -> None:
+    """Answers what is asked on standard input, until that is closed."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     await worker.start()
@@ -198,5 +209,5 @@ async def _serve(worker: Worker) -> None:
 
 if __name__ == "__main__":
     sys.setswitchinterval(SWITCH_INTERVAL_S)  # as in a worker
-    uvloop.run(_serve(Worker(Path(sys.argv[1]), *sys.argv[2:])))
+    uvloop.run(serve(Worker(Path(sys.argv[1]), *sys.argv[2:])))
     os._exit(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,11 @@ class BenchEngine:
 
     async def settle(self) -> None:
         """Until no transfer is wanted or under way."""
-        while not await self._engine.call(lambda: self.tiers.is_idle):  # noqa: ASYNC110 - polled
+        await self.until(lambda: self.tiers.is_idle)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """`condition` is asked on the engine's thread."""
+        while not await self._engine.call(condition):  # noqa: ASYNC110 - polled
             await asyncio.sleep(0.01)
 
     async def clear_above(self, tier: TierName) -> None:
@@ -122,10 +126,17 @@ class BenchEngine:
     async def step_seconds(self, num_steps: int, *, is_writing: bool) -> list[float]:
         """What the next decode steps take; with `is_writing`, while all blocks of the device are
         stored in host and disk, again as soon as they are there."""
+        return await self.step_seconds_beside(num_steps, self._store_again if is_writing else None)
+
+    async def step_seconds_beside(
+        self, num_steps: int, again: Callable[[], None] | None
+    ) -> list[float]:
+        """What the next decode steps take while `again` is called, every now and then, between two
+        of them."""
         self._steps.clear()
         while len(self._steps) < num_steps:
-            if is_writing:
-                await self._engine.call(self._store_again)
+            if again is not None:
+                await self._engine.call(again)
             await asyncio.sleep(0.005)
         return [seconds for num_decodes, seconds in self._steps if num_decodes == 8]
 

@@ -10,12 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
+from typing import TYPE_CHECKING
 
 from xllm.cache.kv_cache import KVCache
 from xllm.cache.tier import TierName
 from xllm.cache.tiers import Tiers
 from xllm.errors import InvalidRequest
 from xllm.protocol import BlockHash
+
+if TYPE_CHECKING:
+    from xllm.cache.store_tier import StoreQuestion
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +75,15 @@ class CacheAdmin:
                 held[tier] += self._kv_cache.block_size
         return PrefixLookup(matched, held)
 
+    def ask(self, names: Sequence[BlockHash]) -> StoreQuestion | None:
+        """Finds out what the shared store has of a prompt's blocks beyond those known here: a
+        lookup knows when the answer is not open any more. None: nothing to ask, or nobody."""
+        rest = list(dropwhile(self._holders, names))
+        return self._tiers.ask(rest) if rest and self._tiers is not None else None
+
     def clear(self, tier: TierName | None) -> dict[TierName, int]:
-        """Drops the blocks of one tier, or of all; returns how many each had."""
+        """Drops the blocks of one tier, or of all; returns how many each had. The remote tier is
+        the shared store, where they are dropped for all workers."""
         cleared: dict[TierName, int] = {}
         if tier in (None, TierName.DEVICE):
             cleared[TierName.DEVICE] = self._kv_cache.clear()

@@ -35,7 +35,17 @@ def load_from_host(
     block_ids: Sequence[int],
 ) -> list[bool]:
     """Copies slots to the device, and says which are sound; what others then hold is undefined."""
-    sources = [host.slot(slot)[: device.block_bytes] for slot in slots]
+    return load(device, [host.slot(slot) for slot in slots], checksums, block_ids)
+
+
+def load(
+    device: DeviceBlocks,
+    sources: Sequence[Buffer],
+    checksums: Sequence[bytes],
+    block_ids: Sequence[int],
+) -> list[bool]:
+    """The same from anywhere in memory. sources: at least `block_bytes` each."""
+    sources = [source[: device.block_bytes] for source in sources]
     sound: list[bool] = []
     for part in _parts(device, block_ids):
         device.copy_in(block_ids[part], sources[part])
@@ -72,8 +82,9 @@ def load_from_disk(
 
 
 def _parts(device: DeviceBlocks, block_ids: Sequence[int]) -> Iterator[slice]:
-    """What to copy with one call: block by block where the CPU copies, since the block is in the
-    core's cache then when its checksum is computed; else all at once, to wait for it once."""
+    """What to copy with one call, of one block at least: block by block where the CPU copies, since
+    the block is in the core's cache then when its checksum is computed; else all at once, to wait
+    for it once."""
     step = len(block_ids) if device.view(block_ids[0]) is None else 1
     for start in range(0, len(block_ids), step):
         yield slice(start, start + step)

@@ -5,6 +5,10 @@
 
 A hash is the first 8 bytes of a block's name as an int: `event_codec.short_hash`.
 
+Blocks of the remote tier are in the shared store, of which a worker publishes what it knows. They
+are near every worker that uses that store, so `match` leaves them out, and `store_gaps` says which
+blocks of a prompt nobody knows to be there.
+
 `match` walks the blocks of a prompt once, for all workers together. It carries one mask: for each
 worker whose prefix is still unbroken, the bit of the fastest tier that holds the present block.
 Along a prompt that mask seldom changes, since the blocks of a prefix tend to be where their
@@ -90,6 +94,8 @@ class CacheIndex:
         """The mask of one holder, by slot and tier: one object that all blocks share."""
         self._ones = 0
         """The first bit of each slot."""
+        self._num_in_store = 0
+        """Blocks of the remote tier, once per worker."""
         self._intern: dict[int, int] = {}
         self._views: dict[int, tuple[int, int]] = {}
         """What `match` needs of a mask; bounded like `_intern`."""
@@ -144,7 +150,7 @@ class CacheIndex:
         """How much of a prompt each worker holds, from its first block on and without a gap.
 
         A block counts in whichever of its worker's tiers is fastest. Workers without the first
-        block are not in the answer.
+        block are not in the answer. What is only in the shared store is held by nobody.
         """
         shards = self._shards
         views = self._views
@@ -185,8 +191,21 @@ class CacheIndex:
             if (worker := names[start // NUM_TIERS]) is not None
         }
 
+    def store_gaps(self, hashes: Sequence[int]) -> list[int] | None:
+        """Which blocks of a prompt, by position, no worker knows to be in the shared store; None:
+        nobody knows of any."""
+        if not self._num_in_store:
+            return None
+        shards = self._shards
+        remote = self._ones << TierCode.REMOTE
+        return [
+            position
+            for position, block in enumerate(hashes)
+            if not shards[block & _SHARD_MASK].get(block, 0) & remote
+        ]
+
     def holders(self, block: int) -> list[tuple[WorkerId, TierCode]]:
-        """Everybody that holds one block."""
+        """Everybody that holds one block, or knows it to be in the shared store."""
         mask = self._shards[block & _SHARD_MASK].get(block, 0)
         found = []
         for worker, slot in self._slots.items():
@@ -218,6 +237,8 @@ class CacheIndex:
                 assert block & _SHARD_MASK == number
                 assert masks.pop(block) == mask
         assert not masks
+        in_store = [tiers[TierCode.REMOTE] for tiers in self._held]
+        assert self._num_in_store == sum(map(len, in_store))
         for worker, slot in self._slots.items():
             assert self._workers[slot] == worker
         assert sum(worker is not None for worker in self._workers) == len(self._slots)
@@ -242,7 +263,11 @@ class CacheIndex:
         return slot
 
     def _store(self, slot: int, tier: TierCode, hashes: Sequence[int]) -> None:
-        self._held[slot][tier].update(hashes)
+        held = self._held[slot][tier]
+        num_held = len(held)
+        held.update(hashes)
+        if tier is TierCode.REMOTE:
+            self._num_in_store += len(held) - num_held
         bit = self._bits[slot * NUM_TIERS + tier]
         shards = self._shards
         intern = self._fresh_intern().setdefault
@@ -254,7 +279,11 @@ class CacheIndex:
                 shard[block] = intern(mask, mask)
 
     def _remove(self, slot: int, tier: TierCode, hashes: Sequence[int]) -> None:
-        self._held[slot][tier].difference_update(hashes)
+        held = self._held[slot][tier]
+        num_held = len(held)
+        held.difference_update(hashes)
+        if tier is TierCode.REMOTE:
+            self._num_in_store += len(held) - num_held
         bit = self._bits[slot * NUM_TIERS + tier]
         shards = self._shards
         intern = self._fresh_intern().setdefault
@@ -279,13 +308,15 @@ class CacheIndex:
         return self._intern
 
     def _view(self, mask: int) -> tuple[int, int]:
-        """Of each worker in `mask`, the bit of its fastest tier; and all its bits."""
+        """Of each worker in `mask`, the bit of its fastest tier; and all its bits. Those of the
+        remote tier do not count."""
         if len(self._views) > _MAX_VIEWS:
             self._views.clear()
         ones = self._ones
-        slower = (mask & ones * 0b0111) << 1 | (mask & ones * 0b0011) << 2 | (mask & ones) << 3
-        whole = ((mask | mask >> 1 | mask >> 2 | mask >> 3) & ones) * 0b1111
-        self._views[mask] = view = (mask & ~slower, whole)
+        near = mask & ones * 0b0111
+        slower = near << 1 | (near & ones * 0b0011) << 2
+        whole = ((near | near >> 1 | near >> 2) & ones) * 0b1111
+        self._views[mask] = view = (near & ~slower, whole)
         return view
 
 

@@ -50,7 +50,8 @@ class PrefixMatch:
     num_tokens: int
     """In those blocks."""
     is_pending: bool
-    """The block after the prefix is being computed or loaded by somebody else."""
+    """The block after the prefix is being computed or loaded by somebody else, or the shared store
+    has not said yet whether it has it."""
     sources: list[BlockSource] = field(default_factory=list)
     """Where the blocks that follow those on the device are."""
 
@@ -127,6 +128,10 @@ class KVCache:
         sources: list[BlockSource] = []
         if num_known and self._tiers is not None:
             sources = self._tiers.match(rest[:num_known], block_compute_s, seq.fetch, first)
+            if len(sources) < num_known and seq.question is None:
+                seq.question = self._tiers.ask(rest[len(sources) : num_known], block_compute_s)
+            if seq.question is not None and seq.question.is_open:
+                return PrefixMatch(block_ids, first * self.block_size, True)
         is_pending = len(sources) == num_known < len(rest)
         return PrefixMatch(block_ids, first * self.block_size, is_pending, sources)
 

@@ -10,6 +10,7 @@ from xllm.protocol import BlockHash, FetchRange
 
 if TYPE_CHECKING:
     from xllm.cache.loads import BlockSource, LoadSpan, LoadTicket
+    from xllm.cache.store_tier import StoreQuestion
 
 
 class LowerTiers(Protocol):
@@ -28,6 +29,10 @@ class LowerTiers(Protocol):
         fetch: Seq[FetchRange] = (),
         first: int = 0,
     ) -> list[BlockSource]: ...
+
+    def ask(
+        self, hashes: Seq[BlockHash], block_compute_s: float | None = None
+    ) -> StoreQuestion | None: ...
 
     def start_load(
         self,
@@ -61,6 +66,8 @@ class CachedSequence(Protocol):
     """What was loaded for it so far."""
     trace: str
     """A `traceparent`, for spans of fetches; empty: no trace."""
+    question: StoreQuestion | None
+    """What the shared store has of it, once that was asked."""
     cached_by_tier: dict[TierName, int]
     pending_hashes: list[BlockHash]
     num_committed_blocks: int

@@ -29,6 +29,7 @@ from xllm.cache.mover import Mover, Transfer, TransferGroup
 from xllm.cache.peer_fetch import Peer
 from xllm.cache.peers import Peers
 from xllm.cache.rates import TransferRate
+from xllm.cache.store_tier import StoreTier
 from xllm.cache.tier import LOWER_TIERS, TierName
 from xllm.protocol import BlockHash
 
@@ -42,7 +43,10 @@ class BlockSource(NamedTuple):
 
     tier: TierName
     peer: Peer | None = None
-    """Of the remote tier."""
+    """Of the remote tier; None: the shared store."""
+
+
+IN_STORE = BlockSource(TierName.REMOTE)
 
 
 class LoadSpan(NamedTuple):
@@ -152,15 +156,18 @@ class Loader:
         disk: DiskTier | None,
         clock: Callable[[], float],
         peers: Peers | None = None,
+        store: StoreTier | None = None,
     ) -> None:
         self.counters = LoadCounters()
         self.rates = {tier: TransferRate(clock) for tier in LOWER_TIERS}
+        """Of the remote tier: peers; the store has its own."""
         self.blocks_loaded = dict.fromkeys(LOWER_TIERS, 0)
         self._device = device
         self._mover = mover
         self._host = host
         self._disk = disk
         self._peers = peers
+        self._store = store
         self._clock = clock
         self._loading: dict[LoadTicket, None] = {}
         self._num_running = 0
@@ -282,6 +289,8 @@ class Loader:
                 return LocalRun(device, mover, attachment.table, self._disk, attachment)
         if source.peer is not None and self._peers is not None:
             return PeerRun(self._peers.client, self._peers.book, mover, source.peer, trace)
+        if source == IN_STORE and self._store is not None:
+            return self._store.open_run()
         return None
 
     def _end(self, run: _Run, transfer: Transfer) -> None:
@@ -332,15 +341,24 @@ class Loader:
         del self._loading[ticket]
 
     def _measure(self, ticket: LoadTicket) -> None:
-        """One observation for each tier: what it brought, until its last transfer ended."""
+        """One observation for each tier: what it brought, until its last transfer ended. Peers are
+        one, and the store is another."""
         now = self._clock()
-        for tier in {run.source.tier for run in ticket._runs}:
-            runs = [run for run in ticket._runs if run.source.tier is tier]
+        for tier, is_store in {(r.source.tier, r.source == IN_STORE) for r in ticket._runs}:
+            runs = [
+                run
+                for run in ticket._runs
+                if run.source.tier is tier and (run.source == IN_STORE) is is_store
+            ]
             num_blocks = sum(item.arrived for run in runs for item in run.items)
             ended_at = max(now if run.ended_at is None else run.ended_at for run in runs)
             self.blocks_loaded[tier] += num_blocks
             ticket.spans.append(LoadSpan(tier, ticket.started_at, ended_at, num_blocks))
             num_bytes = num_blocks * self._device.block_bytes
+            if is_store and self._store is not None:
+                self._store.counters.num_loaded += num_blocks
+                self._store.rate.observe(num_bytes, ended_at - ticket.started_at)
+                continue
             self.rates[tier].observe(num_bytes, ended_at - ticket.started_at)
             peers = {run.source.peer for run in runs if run.source.peer is not None}
             if len(peers) == 1 and num_bytes and self._peers is not None:

@@ -119,5 +119,7 @@ class Prefetcher:
         return sum(1 for _ in takewhile(self._is_held, chain))
 
     def _is_held(self, name: BlockHash) -> bool:
-        is_here = self._pool.lookup(name) is not None or name in self._pending
-        return is_here or bool(self._tiers.match([name]))
+        if self._pool.lookup(name) is not None or name in self._pending:
+            return True
+        sources = self._tiers.match([name])
+        return bool(sources) and sources[0].tier is not TierName.REMOTE

@@ -2,6 +2,7 @@
 
     device ──copy──> host slot ──────────────write──> disk slot
            ──copy──> staging buffer ──whole?──write──> disk slot
+           ──copy──> shared slot ─────whole?──put────> the shared store
 
 A block is copied off the device without a pin, so that the device cache never waits for a copy: it
 is the copy that loses. A committed block is not written again while it has its name, so a copy is
@@ -24,6 +25,8 @@ from xllm.cache.host_tier import DeviceBlocks, HostTier
 from xllm.cache.mover import Mover, Transfer
 from xllm.cache.slab import SlotWrite, aligned_buffer
 from xllm.cache.slab_format import Buffer, SlotRecord, round_up
+from xllm.cache.store_jobs import BlockToPut
+from xllm.cache.store_tier import StoreTier
 from xllm.errors import TierIOError
 from xllm.protocol import BlockHash
 
@@ -60,7 +63,7 @@ class _Copy:
     """Device blocks being copied into slots of the host tier or into staging buffers."""
 
     attachment: Attachment | None
-    """Whose slots they are; None: the host tier's."""
+    """Whose slots they are; None: the host tier's, or the shared store's."""
     hashes: list[BlockHash] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
@@ -94,13 +97,19 @@ class StoreTransfers:
     """Copies and writes under way. Every method takes a batch and starts one transfer for it."""
 
     def __init__(
-        self, device: DeviceBlocks, mover: Mover, host: HostTier | None, disk: DiskTier | None
+        self,
+        device: DeviceBlocks,
+        mover: Mover,
+        host: HostTier | None,
+        disk: DiskTier | None,
+        shared: StoreTier | None = None,
     ) -> None:
         self.counters = StoreCounters()
         self._device = device
         self._mover = mover
         self._host = host
         self._disk = disk
+        self._shared = shared
         self._copies: dict[int, list[_Copy]] = {}
         """By block id."""
         self._staging_bytes = round_up(device.block_bytes)
@@ -170,6 +179,15 @@ class StoreTransfers:
             writes.append(_Write(record, self._host.slot(stored.slot), stored.slot))
         self._start_write(attachment, writes)
 
+    def copy_to_shared(self, blocks: Sequence[BlockToStore]) -> None:
+        """Device to the shared store by way of its slots, of which there have to be so many."""
+        assert self._shared is not None
+        copy = _Copy(None)
+        for block in blocks:
+            assert block.block_id is not None
+            copy.add(block.hash, block.block_id, *self._shared.take_slot())
+        self._start_copy(copy, self._end_copy_to_shared)
+
     def check_invariants(self) -> None:
         copies = {id(copy): copy for held in self._copies.values() for copy in held}
         for block_id, held in self._copies.items():
@@ -222,6 +240,20 @@ class StoreTransfers:
         assert self._host is not None
         for slot, checksum in zip(copy.slots, self._end_copy(copy, transfer), strict=True):
             self.counters.num_to_host += self._host.table.complete_store(slot, checksum)
+
+    def _end_copy_to_shared(self, copy: _Copy, transfer: Transfer | None) -> None:
+        """What is whole goes on to the store."""
+        assert self._shared is not None
+        blocks = []
+        for name, slot, checksum in zip(
+            copy.hashes, copy.slots, self._end_copy(copy, transfer), strict=True
+        ):
+            if checksum is None:
+                self._shared.give_slot(slot)
+            else:
+                blocks.append(BlockToPut(name, slot, checksum))
+        if blocks:
+            self._shared.put(blocks)
 
     def _end_copy_to_staging(self, copy: _Copy, transfer: Transfer | None) -> None:
         """What is whole goes on to the disk, if that is still there."""

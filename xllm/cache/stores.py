@@ -1,10 +1,13 @@
-"""Which blocks go down to host and disk, in the background: never waited for.
+"""Which blocks go down to host, disk and the shared store, in the background: never waited for.
 
     committed ──> host      every block, as soon as it has its name
               ──> disk      as the write policy says:
                     write_through             every block
                     write_through_selective   a block that is used, or computed, a second time
                     write_back                a block that the tier above is about to evict
+              ──> store     every block that is not known to be there, straight from the device:
+                            its second use may be anywhere, so nobody here can wait for it, and
+                            memory does not wear out
 
 What is to be stored waits as a name in a bounded backlog; where its bytes are is looked up when the
 mover has room. By then they may be gone, and the store is dropped. `store_transfers.py` does the
@@ -22,6 +25,7 @@ from collections.abc import Callable
 from xllm.cache.disk_tier import Attachment, DiskTier
 from xllm.cache.host_tier import DeviceBlocks, HostTier
 from xllm.cache.mover import Mover
+from xllm.cache.store_tier import StoreTier
 from xllm.cache.store_transfers import BlockToStore, StoreCounters, StoreTransfers
 from xllm.cache.tier import Lookup, SlotTable
 from xllm.protocol import BlockHash
@@ -56,9 +60,12 @@ class Storer:
         disk: DiskTier | None,
         policy: DiskWritePolicy,
         cold_device_blocks: Callable[[int], list[BlockHash]],
+        shared: StoreTier | None = None,
     ) -> None:
-        """`cold_device_blocks(n)`: up to n names that the device evicts next, in that order."""
-        self._transfers = StoreTransfers(device, mover, host, disk)
+        """`cold_device_blocks(n)`: up to n names that the device evicts next, in that order.
+        `shared`: the store of the cluster."""
+        self._transfers = StoreTransfers(device, mover, host, disk, shared)
+        self._shared = shared
         self._mover = mover
         self._host = host
         self._disk = disk
@@ -69,6 +76,7 @@ class Storer:
         """On the device: block id and parent."""
         self._to_host: Backlog = OrderedDict()
         self._to_disk: Backlog = OrderedDict()
+        self._to_shared: Backlog = OrderedDict()
         self._seen: OrderedDict[BlockHash, None] = OrderedDict()
         """Names committed before, and maybe gone since: as many as the disk has slots."""
 
@@ -79,12 +87,15 @@ class Storer:
     @property
     def is_idle(self) -> bool:
         """Nothing waits, and no transfer is under way."""
-        return not (self._to_host or self._to_disk) and self._transfers.is_idle
+        is_wanted = self._to_host or self._to_disk or self._to_shared
+        is_put = self._shared is None or self._shared.is_idle
+        return not is_wanted and self._transfers.is_idle and is_put
 
     def committed(self, block_hash: BlockHash, parent: BlockHash | None, block_id: int) -> None:
         """A device block has got its name."""
         self._resident[block_hash] = (block_id, parent)
         self._want_in_host(block_hash, parent)
+        self._want_in_shared(block_hash, parent)
         if self._policy is DiskWritePolicy.WRITE_THROUGH or (
             self._policy is DiskWritePolicy.WRITE_THROUGH_SELECTIVE and block_hash in self._seen
         ):
@@ -97,6 +108,7 @@ class Storer:
         for block_hash in chain:
             if block_hash in self._resident:
                 self._want_in_host(block_hash, parent)
+                self._want_in_shared(block_hash, parent)
             if self._policy is DiskWritePolicy.WRITE_THROUGH_SELECTIVE:
                 self._want_on_disk(block_hash, parent)
             parent = block_hash
@@ -111,6 +123,7 @@ class Storer:
         self._resident.clear()
         self._to_host.clear()
         self._to_disk.clear()
+        self._to_shared.clear()
         self._seen.clear()
         self._transfers.cleared()
 
@@ -135,6 +148,10 @@ class Storer:
             self._clean_ahead()
         while self._to_host and self._mover.can_store:
             self._start_to_host()
+        if self._shared is not None and not self._shared.is_attached:
+            self._to_shared.clear()
+        while self._to_shared and self._mover.can_store and self._start_to_shared():
+            pass
         while self._to_disk and self._mover.can_store:
             attachment = None if self._disk is None else self._disk.attachment
             if attachment is None:
@@ -144,7 +161,8 @@ class Storer:
 
     def check_invariants(self) -> None:
         self._transfers.check_invariants()
-        assert max(len(self._to_host), len(self._to_disk)) <= MAX_BACKLOG
+        backlogs = (self._to_host, self._to_disk, self._to_shared)
+        assert max(map(len, backlogs)) <= MAX_BACKLOG
 
     def _want_in_host(self, block_hash: BlockHash, parent: BlockHash | None) -> None:
         if self._host is not None and self._host.table.lookup(block_hash) is Lookup.MISS:
@@ -154,6 +172,11 @@ class Storer:
         table = self._disk_table()
         if table is not None and table.lookup(block_hash) is Lookup.MISS:
             self._enqueue(self._to_disk, block_hash, parent)
+
+    def _want_in_shared(self, block_hash: BlockHash, parent: BlockHash | None) -> None:
+        shared = self._shared
+        if shared is not None and shared.is_attached and not shared.has(block_hash):
+            self._enqueue(self._to_shared, block_hash, parent)
 
     def _enqueue(self, backlog: Backlog, block_hash: BlockHash, parent: BlockHash | None) -> None:
         if block_hash in backlog:
@@ -198,6 +221,25 @@ class Storer:
                 blocks.append(block)
         if blocks:
             self._transfers.copy_to_host(blocks)
+
+    def _start_to_shared(self) -> bool:
+        """Starts one batch; False: there is no slot for one."""
+        assert self._shared is not None
+        room = min(self._batch, self._shared.num_free_slots)
+        if room == 0:
+            return False
+        blocks: list[BlockToStore] = []
+        while self._to_shared and len(blocks) < room:
+            block = self._next(self._to_shared)
+            if self._shared.has(block.hash):
+                continue
+            if block.block_id is None:
+                self.counters.num_dropped += 1
+            else:
+                blocks.append(block)
+        if blocks:
+            self._transfers.copy_to_shared(blocks)
+        return True
 
     def _start_to_disk(self, attachment: Attachment) -> bool:
         """Starts what fits into one batch from host and device each; False: nothing did.

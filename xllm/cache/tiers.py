@@ -2,7 +2,7 @@
 
     scheduler / KVCache                 Tiers                     mover threads
     -------------------                 -----                     -------------
-    match ──────────────────────────>   SlotTable lookups
+    ask, match ─────────────────────>   SlotTable lookups; the shared store is asked first
     start_load ─────────────────────>   Loader: pins, tickets ──> copies, reads
     committed, used, evicted, cleared > Storer: backlogs ───────> copies, writes
     poll, once a step ──────────────>   ends of transfers <────── queue
@@ -35,10 +35,11 @@ from xllm.cache.block_pool import BlockEvent
 from xllm.cache.disk_tier import Attachment, DiskTier
 from xllm.cache.host_tier import DeviceBlocks, HostTier
 from xllm.cache.lender import LendCounters, Lender
-from xllm.cache.loads import BlockSource, LoadCounters, Loader, LoadTicket
+from xllm.cache.loads import IN_STORE, BlockSource, LoadCounters, Loader, LoadTicket
 from xllm.cache.mover import Mover, Transfer
 from xllm.cache.peer_book import PeerCounters
 from xllm.cache.peers import PRIOR_BYTES_PER_S, Peers
+from xllm.cache.store_tier import StoreQuestion, StoreTier, StoreTierStatistics
 from xllm.cache.store_transfers import StoreCounters
 from xllm.cache.stores import DiskWritePolicy, Storer
 from xllm.cache.tier import Lookup, SlotTable, TableStatistics, TierName
@@ -71,6 +72,9 @@ class TiersStatistics:
     num_peers_avoided: int = 0
     lent: LendCounters | None = None
     """To peers; None: they get nothing here."""
+    store: StoreTierStatistics | None = None
+    """The shared store; None: there is none. `blocks_loaded` of the remote tier has what came from
+    peers only."""
 
     def block_s(self, tier: TierName) -> float | None:
         """What bringing up a block of `tier` takes; None: it never had one.
@@ -100,7 +104,8 @@ class TiersStatistics:
 
 
 class Tiers:
-    """Host and disk below one device cache, and peers beside it; any of them may be missing."""
+    """Host and disk below one device cache, peers and a shared store beside it; any of them may be
+    missing."""
 
     def __init__(
         self,
@@ -114,6 +119,7 @@ class Tiers:
         cold_device_blocks: Callable[[int], list[BlockHash]] = lambda limit: [],
         peers: Peers | None = None,
         lender: Lender | None = None,
+        store: StoreTier | None = None,
     ) -> None:
         """`cold_device_blocks(n)`: up to n names that the device would evict next, in that order;
         asked only under write_back without a host tier. `lender`: of these tiers, for peers."""
@@ -123,17 +129,24 @@ class Tiers:
         self._mover = mover
         self.peers = peers
         self.lender = lender
-        self._loader = Loader(device, mover, host, disk, clock, peers)
-        self._storer = Storer(device, mover, host, disk, disk_write_policy, cold_device_blocks)
+        self.store = store
+        self._loader = Loader(device, mover, host, disk, clock, peers, store)
+        self._storer = Storer(
+            device, mover, host, disk, disk_write_policy, cold_device_blocks, store
+        )
         self._held: set[BlockHash] = set()
         self._retries = 0
         """Attempts to attach that are under way."""
 
     @property
     def names(self) -> list[TierName]:
-        """From fast to slow; a detached disk is one, too."""
-        tiers = [] if self.host is None else [TierName.HOST]
-        return tiers if self.disk is None else [*tiers, TierName.DISK]
+        """From fast to slow; a detached disk or store is one, too."""
+        there = {
+            TierName.HOST: self.host,
+            TierName.DISK: self.disk,
+            TierName.REMOTE: self.store,
+        }
+        return [name for name, tier in there.items() if tier is not None]
 
     @property
     def lent_block_ids(self) -> list[int]:
@@ -143,7 +156,11 @@ class Tiers:
     @property
     def next_deadline(self) -> float | None:
         """When `poll` must be called next, if nothing ends before; on the clock given."""
-        deadlines = (self._loader.next_deadline, None if self.disk is None else self.disk.retry_at)
+        deadlines = (
+            self._loader.next_deadline,
+            None if self.disk is None else self.disk.retry_at,
+            None if self.store is None else self.store.next_deadline,
+        )
         return min((at for at in deadlines if at is not None), default=None)
 
     @property
@@ -170,6 +187,7 @@ class Tiers:
             if not self._is_slower(tier, block_compute_s)
         ]
         book = None if self.peers is None or not fetch else self.peers.book
+        store = self._store_worth(block_compute_s)
         bytes_per_s = self._device.block_bytes / block_compute_s if block_compute_s else None
         sources: list[BlockSource] = []
         for index, block_hash in enumerate(hashes, first):
@@ -179,10 +197,21 @@ class Tiers:
                     break
             else:
                 peer = None if book is None else book.find(fetch, index, bytes_per_s)
-                if peer is None:
+                if peer is not None:
+                    sources.append(BlockSource(TierName.REMOTE, peer))
+                elif store is not None and store.has(block_hash):
+                    sources.append(IN_STORE)
+                else:
                     break
-                sources.append(BlockSource(TierName.REMOTE, peer))
         return sources
+
+    def ask(
+        self, hashes: Sequence[BlockHash], block_compute_s: float | None = None
+    ) -> StoreQuestion | None:
+        """Finds out which of `hashes`, one at least, the shared store has: `match` knows when the
+        answer is not open any more. None: there is no store that is worth asking."""
+        store = self._store_worth(block_compute_s)
+        return None if store is None else store.ask(hashes)
 
     def start_load(
         self,
@@ -205,6 +234,8 @@ class Tiers:
         """Applies what has ended, starts what there is room for; returns tickets that are done."""
         for transfer in self._mover.take_ended():
             transfer.on_end(transfer)
+        if self.store is not None:
+            self.store.poll()
         self._loader.expire()
         self._storer.pump()
         self._retry_disk()
@@ -222,6 +253,8 @@ class Tiers:
         """A request was admitted with these blocks cached, on the device or below; head first."""
         for _, table in self._tables():
             table.touch(chain)
+        if self.store is not None:
+            self.store.book.touch(chain)
         self._storer.used(chain)
 
     def evicted(self, block_hash: BlockHash, block_id: int) -> None:
@@ -237,7 +270,10 @@ class Tiers:
         self._storer.cleared()
 
     def clear(self, tier: TierName) -> int:
-        """Drops every block of the host or the disk tier; returns how many there were."""
+        """Drops every block of a tier; returns how many there were. Of the shared store, all of
+        this cache root, whoever put them there; how many of them were known here."""
+        if tier is TierName.REMOTE and self.store is not None:
+            return self.store.clear()
         table = dict(self._tables()).get(tier)
         if table is None:
             return 0
@@ -252,7 +288,9 @@ class Tiers:
 
     def holders(self, block_hash: BlockHash) -> list[TierName]:
         """Every tier that has the block, from fast to slow."""
-        return [tier for tier, table in self._tables() if table.lookup(block_hash) is Lookup.HIT]
+        tiers = [tier for tier, table in self._tables() if table.lookup(block_hash) is Lookup.HIT]
+        in_store = self.store is not None and self.store.has(block_hash)
+        return [*tiers, TierName.REMOTE] if in_store else tiers
 
     def hold(self, names: Sequence[BlockHash]) -> None:
         """Keeps these blocks, in every tier where they are or will be, until `unhold`."""
@@ -273,6 +311,8 @@ class Tiers:
             events.append((TierName.HOST, in_host))
         if self.disk is not None and (on_disk := self.disk.take_events()):
             events.append((TierName.DISK, on_disk))
+        if self.store is not None and (in_store := self.store.take_events()):
+            events.append((TierName.REMOTE, in_store))
         return events
 
     def statistics(self) -> TiersStatistics:
@@ -299,6 +339,7 @@ class Tiers:
             peers=None if self.peers is None else replace(self.peers.book.counters),
             num_peers_avoided=0 if self.peers is None else self.peers.book.num_avoided,
             lent=None if self.lender is None else self.lender.snapshot(),
+            store=None if self.store is None else self.store.statistics(),
         )
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
@@ -316,6 +357,8 @@ class Tiers:
             for transfer in self._mover.take_ended(wait_s=left_s):
                 transfer.on_end(transfer)
             self._storer.pump()
+        if self.store is not None:
+            self.store.close(max(0.0, deadline - time.monotonic()))
         self._mover.close(max(0.0, deadline - time.monotonic()))
         for transfer in self._mover.take_ended():
             transfer.on_end(transfer)
@@ -327,6 +370,8 @@ class Tiers:
             table.check_invariants()
         self._loader.check_invariants()
         self._storer.check_invariants()
+        if self.store is not None:
+            self.store.check_invariants()
 
     def _tables(self) -> list[tuple[TierName, SlotTable]]:
         """From fast to slow."""
@@ -342,6 +387,16 @@ class Tiers:
         if bytes_per_s is None or block_compute_s is None:
             return False
         return self._device.block_bytes > bytes_per_s * block_compute_s
+
+    def _store_worth(self, block_compute_s: float | None) -> StoreTier | None:
+        """The shared store, unless it is away, or known to be slower than computing."""
+        store = self.store
+        if store is None or not store.is_attached:
+            return None
+        bytes_per_s = store.rate.bytes_per_s
+        if bytes_per_s is None or block_compute_s is None:
+            return store
+        return store if self._device.block_bytes <= bytes_per_s * block_compute_s else None
 
     def _end_clear(self, attachment: Attachment, transfer: Transfer) -> None:
         attachment.end_transfer()

@@ -26,6 +26,9 @@ from xllm.cache.peer_wire import PeerLayout
 from xllm.cache.peers import Peers
 from xllm.cache.slab import OS_IO, VectorIO
 from xllm.cache.slab_format import round_up
+from xllm.cache.store_client import StoreClient, StoreSlots
+from xllm.cache.store_process import StoreAddress
+from xllm.cache.store_tier import StoreTier
 from xllm.cache.store_transfers import STAGING_BYTES
 from xllm.cache.stores import DiskWritePolicy
 from xllm.cache.tier import TierName
@@ -52,20 +55,24 @@ class MemoryPlan:
     host_slots: int
     host_bytes: int
     staging_bytes: int
+    store_bytes: int = 0
+    """Of the shared store: buffers, and what is lent to its pool."""
 
     def check(self, available_bytes: int) -> None:
         """Raises: ConfigError if it is not there."""
-        needed = self.device_bytes + self.host_bytes + self.staging_bytes
+        needed = self.device_bytes + self.host_bytes + self.staging_bytes + self.store_bytes
         if needed > available_bytes:
+            store = f", {_gib(self.store_bytes)} shared store" if self.store_bytes else ""
             raise ConfigError(
                 f"the cache needs {_gib(needed)} of memory ({_gib(self.device_bytes)} device, "
-                f"{_gib(self.host_bytes)} host, {_gib(self.staging_bytes)} disk buffers), but "
-                f"{_gib(available_bytes)} are available; lower --max_cache_size, "
+                f"{_gib(self.host_bytes)} host, {_gib(self.staging_bytes)} disk buffers{store}), "
+                f"but {_gib(available_bytes)} are available; lower --max_cache_size, "
                 "--host_cache_size or --host_blocks_factor"
+                + (" or --store_segment_size" if self.store_bytes else "")
             )
 
 
-def plan_memory(runner: Runner) -> MemoryPlan:
+def plan_memory(runner: Runner, store: StoreAddress | None = None) -> MemoryPlan:
     """What the tiers of `runner` will take, by its config. Raises: ConfigError."""
     config, block_bytes = runner.config, runner.block_bytes
     is_cuda = runner.device.type == "cuda"
@@ -89,12 +96,15 @@ def plan_memory(runner: Runner) -> MemoryPlan:
         host_slots=host_slots,
         host_bytes=host_slots * slot_bytes,
         staging_bytes=0 if config.disk_cache_dir is None else max(STAGING_BYTES, 2 * slot_bytes),
+        store_bytes=(
+            0 if store is None else StoreSlots(block_bytes).num_bytes + store.segment_size
+        ),
     )
 
 
-def check_memory(runner: Runner) -> None:
+def check_memory(runner: Runner, store: StoreAddress | None = None) -> None:
     """Raises: ConfigError if the device cache and the tiers below it do not fit together."""
-    plan_memory(runner).check(available_memory_bytes())
+    plan_memory(runner, store).check(available_memory_bytes())
 
 
 class LowerTiersFactory:
@@ -108,15 +118,17 @@ class LowerTiersFactory:
         peer_id: WorkerId | None = None,
         peer_limits: PeerLimits | None = None,
         peer_trust: Trust = ANYBODY,
+        store: StoreAddress | None = None,
     ) -> None:
         """`peer_id`: what this worker calls itself to those it fetches from; None: it fetches from
-        nobody, and lends nothing."""
+        nobody, and lends nothing. `store`: the pool that it shares with others; None: none."""
         self._runner = runner
         self._observers = observers or {}
         self._io = io
         self._peer_id = peer_id if runner.config.enable_prefix_cache else None
         self._peer_limits = peer_limits
         self._peer_trust = peer_trust
+        self._store = store if runner.config.enable_prefix_cache else None
 
     def __call__(
         self, pool: BlockPool, root: CacheRoot, on_ended: Callable[[], None]
@@ -130,7 +142,7 @@ class LowerTiersFactory:
         config = self._runner.config
         host, disk = self._make_host(config), self._make_disk(config, root)
         has_lower = host is not None or disk is not None
-        if not has_lower and self._peer_id is None:
+        if not has_lower and self._peer_id is None and self._store is None:
             return None
         device = device_blocks(self._runner.cache, self._runner.native_library)
         if isinstance(device, HostMemoryBlocks):
@@ -147,6 +159,11 @@ class LowerTiersFactory:
             )
             peers = Peers(client, PeerBook(time.monotonic))
             lender = Lender(pool, device, host, disk, on_idle=on_ended)
+        store = None
+        if self._store is not None:
+            unsalted = root.hash("")
+            store_client = StoreClient(self._store, unsalted, device, mover, on_ended)
+            store = StoreTier(store_client, mover, time.monotonic)
         return Tiers(
             device,
             mover,
@@ -157,6 +174,7 @@ class LowerTiersFactory:
             cold_device_blocks=pool.coldest,
             peers=peers,
             lender=lender,
+            store=store,
         )
 
     def _make_host(self, config: EngineConfig) -> HostTier | None:

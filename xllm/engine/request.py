@@ -33,6 +33,7 @@ from xllm.protocol import (
 
 if TYPE_CHECKING:
     from xllm.cache.loads import LoadSpan, LoadTicket
+    from xllm.cache.store_tier import StoreQuestion
     from xllm.engine.sampler import TokenHistory
 
 
@@ -66,6 +67,7 @@ class Sequence:
         "pending_hashes",
         "prompt_len",
         "prompt_logprobs",
+        "question",
         "salt",
         "sampling",
         "state",
@@ -100,6 +102,8 @@ class Sequence:
         """Of all admissions; the samples of a request share it."""
         self.trace = ""
         """Whose children the spans of fetches are."""
+        self.question: StoreQuestion | None = None
+        """Asked once: what the shared store has of the prompt."""
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.num_committed_blocks = 0

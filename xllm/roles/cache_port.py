@@ -7,7 +7,7 @@ would have, `cache_salt` included. Everything is answered on the engine's thread
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from xllm.cache.admin import PrefixLookup
 from xllm.cache.tier import TierName
 from xllm.errors import NoWorker, RequestError
-from xllm.protocol import ModelCard
+from xllm.protocol import BlockHash, ModelCard
 from xllm.roles.api.body import read_json, validate
 from xllm.roles.api.errors import error_response
 from xllm.roles.api.info import json_response
@@ -60,6 +60,9 @@ class PromptBody(ApiModel):
         return (secret or ClusterSecret("")).salt(self.api_key_name, self.cache_salt or "")
 
 
+ASK_POLL_S = 0.002
+
+
 class PinBody(PromptBody):
     """Body of pin."""
 
@@ -69,7 +72,9 @@ class PinBody(PromptBody):
 class ClearBody(ApiModel):
     """Body of clear."""
 
-    tier: Literal["device", "host", "disk"] | None = Field(None, description="None: all of them.")
+    tier: Literal["device", "host", "disk", "remote"] | None = Field(
+        None, description="None: all of them. remote: the shared store, for all workers."
+    )
 
 
 class CachePort:
@@ -100,9 +105,9 @@ class CachePort:
     async def _lookup(self, request: web.Request) -> web.Response:
         body = validate(PromptBody, await read_json(request, self._max_body_bytes))
         engine, token_ids = await self._prepare(body)
-        found = await engine.call(
-            lambda: engine.cache_admin.lookup(token_ids, body.salt(self._secret))
-        )
+        salt = body.salt(self._secret)
+        names = await engine.call(lambda: engine.kv_cache.name_prompt(token_ids, salt))
+        found = await look_up(engine, names)
         return json_response({"prompt_tokens": len(token_ids), **describe_lookup(found)})
 
     async def _clear(self, request: web.Request) -> web.Response:
@@ -167,6 +172,15 @@ async def encode_prompt(
         assert body.text is not None
         [prompt] = await encoder.texts([body.text], tokenizer, add_special_tokens=True)
         return prompt.token_ids
+
+
+async def look_up(engine: Engine, names: Sequence[BlockHash]) -> PrefixLookup:
+    """What a worker has of a prompt whose full blocks have these names; the shared store is asked
+    first, if there is one. Raises: NoWorker if the engine does not run."""
+    question = await engine.call(lambda: engine.cache_admin.ask(names))
+    while question is not None and question.is_open:  # noqa: ASYNC110 - for a moment
+        await asyncio.sleep(ASK_POLL_S)
+    return await engine.call(lambda: engine.cache_admin.lookup_blocks(names))
 
 
 def describe_lookup(found: PrefixLookup) -> dict[str, Any]:

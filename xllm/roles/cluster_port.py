@@ -77,7 +77,9 @@ class ClusterMoveBody(ClusterPromptBody):
 
 
 class ClusterClearBody(ApiModel):
-    tier: Literal["device", "host", "disk"] | None = Field(None, description="None: all of them.")
+    tier: Literal["device", "host", "disk", "remote"] | None = Field(
+        None, description="None: all of them. remote: the shared store, for all workers."
+    )
     workers: list[str] | None = Field(None, min_length=1, description="Ids; None: all workers.")
     deadline: float = _Deadline
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xllm.cache.tier import TierName
 from xllm.errors import InvalidRequest
 from xllm.protocol import BlockHash, Command, CommandKind, FetchRange
-from xllm.roles.cache_port import by_name, describe_lookup
+from xllm.roles.cache_port import by_name, describe_lookup, look_up
 from xllm.roles.commands import Done, split_names
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Prefetch = Callable[[Sequence[BlockHash], Sequence[FetchRange]], Awaitable[int]]
 """Fetches a prompt's blocks from the peers that are named; returns how many have come."""
 
-CLEARABLE = (TierName.DEVICE, TierName.HOST, TierName.DISK)
+CLEARABLE = tuple(TierName)
 
 
 class CommandActions:
@@ -51,7 +51,7 @@ class CommandActions:
         admin = engine.cache_admin
         match command.kind:
             case CommandKind.LOOKUP:
-                found = await engine.call(lambda: admin.lookup_blocks(names))
+                found = await look_up(engine, names)
                 return describe_lookup(found)
             case CommandKind.CLEAR:
                 tier = None if command.tier is None else _clearable(command.tier)

@@ -180,6 +180,11 @@ class WorkerView:
         self._at = now
 
     @property
+    def has_store(self) -> bool:
+        """It can load from the shared store now."""
+        return self.load is not None and _TIERS[TierCode.REMOTE] in self.load.tier_block_s
+
+    @property
     def tpot_s(self) -> float:
         """Of one sequence more."""
         return self._step_s(1) if self.load is not None else 0.0

@@ -10,7 +10,10 @@ of its own: a backlog is in the unit of the compute that a prefix saves. Rules:
     agree (Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998). What is
     hashed is the first block that the worker lacks: prompts that share only a system prompt spread
     over the cluster, prompts that share more meet. Where nothing is lacking, the fewest requests.
- 4. A worker that has measured nothing is taken for one like the others, and one without events
+ 4. Blocks of the shared store are near every worker that uses it: of each, the prefix goes on there
+    where its own blocks end, as far as the store's go without a gap, unless a peer that has these
+    blocks is quicker.
+ 5. A worker that has measured nothing is taken for one like the others, and one without events
     for one that holds nothing. Workers whose costs differ by no more than noise are equal.
 
 Not here: which workers may be asked (`registry.py`), what etcd says (`index_view.py`).
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
@@ -231,6 +235,17 @@ class CostRouting:
             view.parts(prefix, longest, num_blocks, block_size, num_tokens, c.unreported, now)
             for c, view, prefix in zip(candidates, views, prefixes, strict=True)
         ]
+        gaps = self._index.store_gaps(hashes)
+        for i, view in enumerate(views if gaps is not None else ()):
+            assert gaps is not None
+            with_store = _with_store(prefixes[i], gaps, num_blocks) if view.has_store else None
+            if with_store is not None:
+                unreported = candidates[i].unreported
+                parts = view.parts(
+                    with_store, longest, num_blocks, block_size, num_tokens, unreported, now
+                )
+                if cost_s(parts) < cost_s(all_parts[i]):
+                    prefixes[i], all_parts[i] = with_store, parts
         sources: list[tuple[float, WorkerId]] = []
         if any(parts[-1] for parts in all_parts):
             sources = [
@@ -319,6 +334,14 @@ class _Weighed:
             _, peer = min(self._sources)
             fetch = Fetch(peer, self._longest - parts.num_fetched, parts.num_fetched)
         return Estimate(self._views[i].worker_id, self._prefixes[i], parts, fetch)
+
+
+def _with_store(prefix: TierCounts, gaps: list[int], num_blocks: int) -> TierCounts | None:
+    """`prefix`, going on in the shared store; None: it does not. gaps: `CacheIndex.store_gaps`."""
+    end = sum(prefix)
+    next_gap = bisect_left(gaps, end)
+    store_end = gaps[next_gap] if next_gap < len(gaps) else num_blocks
+    return [*prefix[:-1], store_end - end] if store_end > end else None
 
 
 def _lacking(hashes: Sequence[int], prefix: TierCounts) -> int | None:

@@ -70,6 +70,8 @@ def _tier_block_s(now: EngineStatistics) -> dict[str, float]:
         return {}
     measured = {tier.value: now.tiers.block_s(tier) for tier in now.tiers.tables}
     measured[PEER] = now.tiers.peer_block_s
+    if now.tiers.store is not None:
+        measured[TierName.REMOTE.value] = now.tiers.store.block_s(now.tiers.block_bytes)
     return {tier: significant(block_s, 3) for tier, block_s in measured.items() if block_s}
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from xllm.cache.block_pool import BlockObserver
 from xllm.cache.peer_server import PeerServer
+from xllm.cache.store_process import StoreAddress
 from xllm.cache.tier import TierName
-from xllm.config import EngineConfig
+from xllm.config import EngineConfig, StoreConfig
 from xllm.engine.engine import Engine
 from xllm.engine.lower_tiers import LowerTiersFactory, check_memory, peer_layout
 from xllm.engine.runner import Runner
@@ -69,9 +70,10 @@ def load_model(
     observers: Mapping[TierName, BlockObserver],
     peer_id: WorkerId | None = None,
     peer_trust: Trust = ANYBODY,
+    store: StoreAddress | None = None,
 ) -> LoadedModel:
     """Finds or fetches the model, loads its weights, takes the memory of its cache, and says what
-    it takes. `peer_id`: see `LowerTiersFactory`.
+    it takes. `peer_id`, `store`: see `LowerTiersFactory`.
 
     Raises: ConfigError.
     """
@@ -101,7 +103,24 @@ def load_model(
         vocab_size=runner.model_config.vocab_size,
         created=int(time.time()),
     )
-    check_memory(runner)
-    factory = LowerTiersFactory(runner, observers, peer_id=peer_id, peer_trust=peer_trust)
+    check_memory(runner, store)
+    factory = LowerTiersFactory(
+        runner, observers, peer_id=peer_id, peer_trust=peer_trust, store=store
+    )
     engine = Engine(runner, factory, observers.get(TierName.DEVICE))
     return LoadedModel(folder, card, runner, engine, peer_trust)
+
+
+def store_address(config: StoreConfig, host: str) -> StoreAddress | None:
+    """What the flags ask for; None: no store. `host`: where others reach this worker."""
+    if not config.enable_kvcache_store:
+        return None
+    assert config.store_master_server_address is not None, "checked with the flags"
+    return StoreAddress(
+        protocol=config.store_protocol,
+        master_server_address=config.store_master_server_address,
+        metadata_server=config.store_metadata_server,
+        local_hostname=config.store_local_hostname or host,
+        segment_size=config.store_segment_size,
+        replica_num=config.store_replica_num,
+    )

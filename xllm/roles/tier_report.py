@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
 
+from xllm.cache.store_tier import StoreTierStatistics
 from xllm.cache.tier import TierName
 from xllm.cache.tiers import TiersStatistics
 from xllm.telemetry import Metrics
@@ -82,6 +83,13 @@ def tiers_status(before: EngineStatistics, now: EngineStatistics) -> str:
         text += f" {tier}_usage={usage:.0%} {tier}_loaded={loaded} {tier}_stored={stored}"
     if now.tiers.peers is not None:
         text += f" peers_loaded={_loaded_from_peers(now) - _loaded_from_peers(before)}"
+    if now.tiers.store is not None:
+        counted = now.tiers.store.counters
+        loaded, stored = counted.num_loaded, counted.num_stored
+        if before.tiers is not None and before.tiers.store is not None:
+            loaded -= before.tiers.store.counters.num_loaded
+            stored -= before.tiers.store.counters.num_stored
+        text += f" store_loaded={loaded} store_stored={stored}"
     return text
 
 
@@ -95,6 +103,9 @@ def _collect_lower(metrics: Metrics, before: TiersStatistics | None, now: TiersS
         metrics.tier_blocks.labels(tier).set(0 if table is None else table.num_slots)
         metrics.tier_blocks_used.labels(tier).set(0 if table is None else table.num_ready)
     metrics.peers_avoided.set(now.num_peers_avoided)
+    if now.store is not None:
+        metrics.store_attached.set(now.store.is_attached)
+        metrics.store_known_blocks.set(now.store.num_known)
     counted: Iterable[float] = (
         repeat(0.0) if before is None else (value for _, value in _counts(metrics, before))
     )
@@ -130,8 +141,31 @@ def _counts(metrics: Metrics, tiers: TiersStatistics) -> Iterator[tuple[Counter,
         yield metrics.peer_failures, tiers.peers.num_failures
         yield metrics.peer_blocks_absent, tiers.peers.num_absent
         yield metrics.peer_blocks_corrupt, tiers.peers.num_corrupt
+    if tiers.store is not None:
+        yield from _store_counts(metrics, tiers, tiers.store)
     if tiers.lent is not None:
         for tier, num_blocks in tiers.lent.served.items():
             yield metrics.peer_served_blocks.labels(tier), num_blocks
             yield metrics.peer_served_bytes.labels(tier), num_blocks * tiers.block_bytes
         yield metrics.peer_serve_misses, tiers.lent.num_missed
+
+
+def _store_counts(
+    metrics: Metrics, tiers: TiersStatistics, store: StoreTierStatistics
+) -> Iterator[tuple[Counter, float]]:
+    counted = store.counters
+    yield metrics.tier_promotions.labels(TierName.REMOTE), counted.num_loaded
+    yield metrics.tier_demotions.labels(TierName.REMOTE), counted.num_stored
+    yield metrics.tier_transfer_bytes.labels("from_store"), store.load_bytes
+    yield metrics.tier_transfer_seconds.labels("from_store"), store.load_seconds
+    yield metrics.tier_transfer_bytes.labels("to_store"), counted.num_stored * tiers.block_bytes
+    yield metrics.tier_transfer_seconds.labels("to_store"), counted.put_seconds
+    yield metrics.store_asks, counted.num_asks
+    yield metrics.store_ask_seconds, counted.ask_seconds
+    yield metrics.store_detachments, store.num_detachments
+    misses = metrics.store_failures.labels
+    yield misses("unanswered"), counted.num_unanswered
+    yield misses("absent"), counted.num_absent
+    yield misses("corrupt"), counted.num_corrupt
+    yield misses("full"), counted.num_full
+    yield misses("failed"), counted.num_failed

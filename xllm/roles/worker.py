@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from xllm.config import EngineConfig, WorkerConfig
+from xllm.config import WorkerConfig
 from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
 from xllm.heap import freeze_heap
@@ -95,7 +95,8 @@ def _listen_for_peers(
 
 
 def _load_model(
-    config: EngineConfig,
+    config: WorkerConfig,
+    host: str,
     metrics: Metrics,
     peer_id: WorkerId | None = None,
     peer_trust: Trust = ANYBODY,
@@ -103,9 +104,10 @@ def _load_model(
     # Torch's threads sleep between its operations: the native kernels have threads of their own.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Only now, because it imports torch: see there.
-    from xllm.roles.loading import load_model
+    from xllm.roles.loading import load_model, store_address
 
-    return load_model(config, block_observers(metrics), peer_id, peer_trust)
+    store = store_address(config.store, host)
+    return load_model(config.engine, block_observers(metrics), peer_id, peer_trust, store)
 
 
 class _Worker:
@@ -156,9 +158,7 @@ class _Worker:
             await client.connect(ETCD_WAIT_S)
             peer_id = None if self._block_socket is None else worker_id
             trust = self._guards.trust("blocks")
-            model = await asyncio.to_thread(
-                _load_model, config.engine, self.metrics, peer_id, trust
-            )
+            model = await asyncio.to_thread(_load_model, config, host, self.metrics, peer_id, trust)
             model.use_tracer(tracer)
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
@@ -250,7 +250,7 @@ class _Worker:
             await stack.enter_async_context(
                 serve(make_runner(app), self._main_socket, self.client_tls)
             )
-            model = await asyncio.to_thread(_load_model, config.engine, self.metrics)
+            model = await asyncio.to_thread(_load_model, config, host, self.metrics)
             model.use_tracer(tracer)
             await engine_stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)

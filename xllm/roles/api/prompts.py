@@ -1,7 +1,8 @@
 """Messages and prompts to token ids.
 
-A short text is encoded where it stands. A long one goes to a thread, which the tokenizer's Rust
-half lets run beside the event loop: a loop that is busy with one prompt delays everybody's tokens.
+A short text is encoded where it stands, and so is one whose words the tokenizer has met before,
+unless it is very long. Others go to a thread, which the tokenizer's Rust half lets run beside the
+event loop: a loop that is busy with one prompt delays everybody's tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from xllm.roles.api.sampling import check_vocabulary
 from xllm.tokenizer import Tokenizer
 
 _LONG_TEXT_CHARS = 1000
+_LONG_KNOWN_TEXT_CHARS = 1 << 15
+"""About 1 ms, if all words are known."""
 
 T = TypeVar("T")
 
@@ -47,11 +50,21 @@ class PromptEncoder:
         }
         variables |= request.chat_template_kwargs or {}
 
-        def encode() -> Prompt:
-            text = tokenizer.apply_chat_template(messages, **variables)
+        def render() -> str:
+            return tokenizer.apply_chat_template(messages, **variables)
+
+        def encode(text: str) -> Prompt:
             return Prompt(tokenizer.encode(text, add_special_tokens), text)
 
-        prompt = await self._run(encode, sum(len(message["content"]) for message in messages))
+        num_chars = sum(len(message["content"]) for message in messages)
+        prompt: Prompt | None = None
+        if num_chars < _LONG_KNOWN_TEXT_CHARS:
+            text = render()
+            prompt = _known(text, tokenizer, add_special_tokens)
+            if prompt is None:
+                prompt = await self._run(lambda: encode(text), num_chars)
+        else:
+            prompt = await self._run(lambda: encode(render()), num_chars)
         if not prompt.token_ids:
             raise InvalidRequest("the conversation renders to an empty prompt", param="messages")
         return prompt
@@ -90,15 +103,31 @@ class PromptEncoder:
     async def texts(
         self, texts: list[str], tokenizer: Tokenizer, *, add_special_tokens: bool
     ) -> list[Prompt]:
-        def encode() -> list[Prompt]:
-            return [Prompt(tokenizer.encode(text, add_special_tokens), text) for text in texts]
+        if sum(map(len, texts)) < _LONG_KNOWN_TEXT_CHARS:
+            known: list[Prompt | None] = [
+                _known(text, tokenizer, add_special_tokens) for text in texts
+            ]
+        else:
+            known = [None] * len(texts)
+        unknown = [text for text, prompt in zip(texts, known, strict=True) if prompt is None]
 
-        return await self._run(encode, sum(map(len, texts)))
+        def encode() -> list[Prompt]:
+            return [Prompt(tokenizer.encode(text, add_special_tokens), text) for text in unknown]
+
+        if not unknown:
+            return [prompt for prompt in known if prompt is not None]
+        encoded = iter(await self._run(encode, sum(map(len, unknown))))
+        return [prompt or next(encoded) for prompt in known]
 
     async def _run(self, work: Callable[[], T], num_chars: int) -> T:
         if num_chars < _LONG_TEXT_CHARS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def _known(text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> Prompt | None:
+    token_ids = tokenizer.try_encode_quickly(text, add_special_tokens)
+    return None if token_ids is None else Prompt(token_ids, text)
 
 
 def _template_message(index: int, message: Message) -> dict[str, Any]:

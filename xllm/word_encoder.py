@@ -16,10 +16,8 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 MAX_WORDS = 1 << 16
@@ -60,7 +58,7 @@ class WordEncoder:
         `around`: what stands before and behind a text that wants special tokens; `is_composed`:
         the tokenizer brings texts into NFC."""
         self._find_ascii = _compile(expression, "A-Za-z", "0-9").findall
-        self._find = _compile(expression, _tables().letters, _tables().numbers).findall
+        self._find = _compile(expression, _members("L"), _members("N")).findall
         self._encode_words = encode_words
         self._words: dict[str, Sequence[int]] = {}
         self._added_tokens = dict(added_tokens)
@@ -68,12 +66,14 @@ class WordEncoder:
         self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self._before, self._behind = around
         self._is_composed = is_composed
+        self._chars: set[str] = set()
+        """Those of texts so far that may be cut."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int] | None:
         """None: let the tokenizer do it."""
         find = self._find_ascii
         if not text.isascii():
-            if _tables().unknown.search(text):
+            if not self._knows_all(text):
                 return None
             if self._is_composed and not unicodedata.is_normalized("NFC", text):
                 return None
@@ -92,6 +92,13 @@ class WordEncoder:
         if add_special_tokens:
             ids += self._behind
         return ids
+
+    def _knows_all(self, text: str) -> bool:
+        new = set(text).difference(self._chars)
+        if not all(map(_may_be_cut, new)):
+            return False
+        self._chars |= new
+        return True
 
     def _look_up(self, words: list[str]) -> list[int] | None:
         for _ in range(2):
@@ -205,25 +212,22 @@ def _compile(expression: str, letters: str, numbers: str) -> re.Pattern[str]:
     return re.compile(expression)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tables:
-    letters: str
-    """As in a character class."""
-    numbers: str
-    unknown: re.Pattern[str]
-    """A character that this Python's Unicode does not know."""
+def _may_be_cut(char: str) -> bool:
+    """Whether the expressions are right about it. Not about what this Python's Unicode does not
+    know; and letters and numbers beyond the first plane would make each class a long search."""
+    category = unicodedata.category(char)
+    return category != "Cn" and (char < "\U00010000" or category[0] not in "LN")
 
 
 @functools.cache
-def _tables() -> _Tables:
-    """Takes a third of a second, once in a process."""
-    ranges: dict[str, list[str]] = {"L": [], "N": [], "Cn": []}
-    categories = map(unicodedata.category, map(chr, range(sys.maxunicode + 1)))
+def _members(kind: str) -> str:
+    """All of the first plane that are letters ("L") or numbers ("N"), as in a character class."""
+    ranges = []
     start = 0
-    for kind, run in itertools.groupby(categories, lambda c: c if c == "Cn" else c[0]):
+    categories = (unicodedata.category(chr(code))[0] for code in range(1 << 16))
+    for found, run in itertools.groupby(categories):
         end = start + sum(1 for _ in run)
-        if kind in ranges:
-            ranges[kind].append(f"\\U{start:08x}-\\U{end - 1:08x}")
+        if found == kind:
+            ranges.append(f"\\u{start:04x}-\\u{end - 1:04x}")
         start = end
-    letters, numbers, unknown = ("".join(found) for found in ranges.values())
-    return _Tables(letters, numbers, re.compile(f"[{unknown}]"))
+    return "".join(ranges)

@@ -7,16 +7,18 @@
 
 The comparison runs every policy, with and without fetching from peers, over two workers whose
 device caches hold `--cache_share` of the shared prompts each. Its rates are shares of the rate at
-which RR without peers saturates.
+which RR without peers saturates. It takes half an hour: with `--state` it can be done in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import msgspec
 import uvloop
 
 from benchmarks import workloads
@@ -64,6 +66,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=int, default=500, help="trace: only the first so many")
     add("--cache_share", type=float, default=0.4,
         help="of all system prompts, in one worker's cache")  # fmt: skip
+    add("--state", type=Path, metavar="FILE",
+        help="of a comparison: what was measured is kept here, and not measured again")  # fmt: skip
+    add("--minutes", type=float, default=float("inf"),
+        help="of a comparison: begin no run later; rows come when all is measured")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="the rate curve; needs matplotlib")
 
 
@@ -99,17 +105,50 @@ def _against(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+class _Point(msgspec.Struct):
+    """One run of a comparison."""
+
+    policy: str
+    peers: bool
+    share: float
+    summary: Summary
+
+
+class _State(msgspec.Struct):
+    saturation: float = 0.0
+    """Requests per second; 0: not measured yet."""
+    points: list[_Point] = []
+
+
 def _compare(options: argparse.Namespace, rig: Rig) -> list[Row]:
+    started = time.monotonic()
+    state = _State()
+    if options.state and options.state.exists():
+        state = msgspec.json.decode(options.state.read_bytes(), type=_State, strict=False)
     rig.start_workers(2)
-    url = rig.use(Setting("RR", peers=False))
-    saturation = _saturation(options, url)
+    if not state.saturation:
+        url = rig.use(Setting("RR", peers=False))
+        state.saturation = _saturation(options, url)
+        _keep(options, state)
+    else:
+        _warm_up(rig.use(Setting("RR", peers=False)), options)
+    saturation = state.saturation
     print(f"RR without peers saturates at {saturation:.2f} requests/s\n{_line(_COLUMNS)}")
-    curve: dict[tuple[Setting, float], Summary] = {}
-    for setting in SETTINGS:
-        for share in sorted({*options.shares, JUDGED_SHARE}):
-            url = rig.use(setting)
-            rate = share * saturation
-            curve[setting, share] = _open_loop(options, url, setting.name, rate)
+    curve = {(Setting(p.policy, p.peers), p.share): p.summary for p in state.points}
+    for share in sorted(
+        {*options.shares, JUDGED_SHARE}, key=lambda share: abs(share - JUDGED_SHARE)
+    ):
+        for setting in SETTINGS:
+            if (setting, share) in curve:
+                print(_line(_cells(curve[setting, share])))
+                continue
+            if time.monotonic() - started > options.minutes * 60:
+                print("the rest is left for the next time")
+                return []
+            summary = _open_loop(options, rig.use(setting), setting.name, share * saturation)
+            curve[setting, share] = summary
+            state.points.append(_Point(setting.policy, setting.peers, share, summary))
+            _keep(options, state)
     _plot(options, list(curve.values()))
     rows = [plain("saturation of RR", saturation, "requests/s")]
     for setting in SETTINGS:
@@ -126,6 +165,11 @@ def _compare(options: argparse.Namespace, rig: Rig) -> list[Row]:
             name = f"{setting.name} at {share:g}: ttft_p90"
             rows.append(at_most(name, summary.ttft_s[0.9], "LEAST_LOAD", other.ttft_s[0.9], 1.05))
     return rows
+
+
+def _keep(options: argparse.Namespace, state: _State) -> None:
+    if options.state:
+        options.state.write_bytes(msgspec.json.format(msgspec.json.encode(state)))
 
 
 def _hot_prefix(options: argparse.Namespace, rig: Rig) -> list[Row]:

@@ -44,12 +44,13 @@ class Cluster:
         rates: Rates,
         tiers: Sequence[tuple[str, int]],
         make_routing: Callable[[CacheIndex, int, Callable[[], float]], Routing],
+        with_peers: bool = False,
     ) -> None:
         self.now = 0.0
         self._queue: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._number = 0
         ids = [WorkerId(f"10.0.{i // 256}.{i % 256}:18889") for i in range(num_workers)]
-        self.workers = {i: SimulatedWorker(i, rates, tiers) for i in ids}
+        self.workers = {i: SimulatedWorker(i, rates, tiers, with_peers) for i in ids}
         self._epochs = {worker_id: Epoch(number + 1) for number, worker_id in enumerate(ids)}
         self.index = CacheIndex()
         self._view = IndexView(_KEYS, self.index)
@@ -76,6 +77,8 @@ class Cluster:
             self.now, _, action, arguments = heapq.heappop(self._queue)
             action(*arguments)
         load_puts = len(self.workers) / REPORT_S
+        busy_s = sum(worker.busy_s for worker in self.workers.values())
+        self.summary.busy = busy_s / (arrivals[-1].at * len(self.workers))
         self.summary.finish(
             self.index,
             load_puts,
@@ -97,7 +100,13 @@ class Cluster:
         worker_id = self._routing.route(prompt, self._candidates)
         self.summary.route_s.append(time.thread_time() - started)
         self._routing.dispatched(prompt, worker_id)
-        self.workers[worker_id].enqueue(arrival, self.now)
+        fetch = self._routing.fetch
+        if fetch is None:
+            self.workers[worker_id].enqueue(arrival, self.now)
+        else:
+            source = self.workers[fetch.worker_id]
+            end = fetch.first + fetch.count
+            self.workers[worker_id].enqueue(arrival, self.now, source, end)
         self._start(self.workers[worker_id])
 
     def _start(self, worker: SimulatedWorker) -> None:
@@ -109,7 +118,9 @@ class Cluster:
     def _finish(self, worker: SimulatedWorker, running: Running) -> None:
         worker.finish(running, self.now)
         arrival = running.arrival
-        self.summary.add(self.now - running.came_at, running.prefix, len(arrival.hashes))
+        self.summary.add(
+            self.now - running.came_at, running.prefix, running.num_fetched, len(arrival.hashes)
+        )
         self._routing.first_token(str(arrival.number))
         self._at(self.now + worker.decode_s(arrival.num_output), self._end, worker, arrival)
         plan = self._plans[worker.worker_id]

@@ -5,20 +5,25 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 from benchmarks.trace import CONVERSATION
 
 from simulation.cluster import Cluster
-from simulation.policies import ROUTINGS
+from simulation.plot import Figures, draw
+from simulation.policies import ROUTINGS, WITH_PEERS
 from simulation.summary import Summary
 from simulation.trace import Arrival, pooled_reuse, read_arrivals
-from simulation.worker import RATES_FILE, Rates, read_rates
+from simulation.worker import RATES, Rates, read_rates
 
 TIERS = {"device": (("device", 1),), "all": (("device", 1), ("host", 2), ("disk", 4))}
 """Each tier's blocks, in those of the device."""
+
+QUANTILES = (0.5, 0.9, 0.99)
 
 HEADER = (
     "policy",
@@ -28,7 +33,9 @@ HEADER = (
     "p99 s",
     "reuse %",
     "of pool",
+    "fetched %",
     "vs RR %",
+    "busy %",
     "puts/s",
     "MB/s",
     "index MB",
@@ -39,46 +46,81 @@ HEADER = (
 )
 
 
+Run = tuple[str, int, str]
+"""Tiers, workers, policy."""
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, default=CONVERSATION)
-    parser.add_argument("--rates", type=Path, default=RATES_FILE)
+    parser.add_argument("--rates", default="cpu", help=f"{', '.join(sorted(RATES))}, or a file")
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS))
     parser.add_argument("--policies", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
-    parser.add_argument("--speedup", type=float, default=1.0, help="of the trace's clock")
+    parser.add_argument(
+        "--speedup", type=float, help="of the trace's clock (default: as the rates say, per worker)"
+    )
     parser.add_argument("--requests", type=int, help="only the first so many")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures here; what is there is kept"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="needs matplotlib")
 
 
 def run(options: argparse.Namespace) -> None:
-    rates = read_rates(options.rates)
-    arrivals = read_arrivals(options.trace, rates.block_size, options.speedup)[: options.requests]
+    rates = read_rates(RATES.get(options.rates) or Path(options.rates))
+    arrivals = read_arrivals(options.trace, rates.block_size)[: options.requests]
     print(f"rates: {rates.source}\n")
-    figures: list[dict[str, object]] = []
+    figures: dict[Run, Figures] = {}
+    if options.json and options.json.exists():
+        known = json.loads(options.json.read_text())["runs"]
+        figures = {(f["tiers"], f["workers"], f["policy"]): f for f in known}
     for num_workers in options.workers:
-        pooled = pooled_reuse(arrivals, num_workers * rates.device_blocks)
+        speedup = options.speedup or rates.speedup_per_worker * num_workers
+        timed = [replace(arrival, at=arrival.at / speedup) for arrival in arrivals]
+        pooled = pooled_reuse(timed, num_workers * rates.device_blocks)
         for tiers in options.tiers:
             print(f"{num_workers} workers, tiers: {tiers}; pooled device LRU {pooled:.1%}")
-            print(_line(HEADER))
-            reference: Summary | None = None
+            print(f"the trace {speedup:g} x as fast\n{_line(HEADER)}")
             for policy in options.policies:
-                summary = _run_one(num_workers, rates, tiers, policy, arrivals)
-                reference = summary if policy == "RR" else reference
-                print(_line(_cells(policy, summary, pooled, reference)), flush=True)
-                figures.append(_figures(policy, tiers, summary, pooled))
+                key = (tiers, num_workers, policy)
+                if key not in figures:
+                    summary = _in_child(num_workers, rates, tiers, policy, timed)
+                    figures[key] = _figures(policy, tiers, summary, pooled, speedup)
+                reference = figures.get((tiers, num_workers, "RR"))
+                print(_line(_cells(figures[key], reference)), flush=True)
+                if options.json:
+                    content = {"rates": rates.source, "runs": list(figures.values())}
+                    options.json.write_text(json.dumps(content, indent=1) + "\n")
             print()
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if options.plot:
-        _plot(figures, options.plot)
+        draw(list(figures.values()), options.plot)
 
 
-def _run_one(
+def _in_child(
+    num_workers: int, rates: Rates, tiers: str, policy: str, arrivals: Sequence[Arrival]
+) -> Summary:
+    """In a process of its own, which gives its memory back."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        sender.send(run_one(num_workers, rates, tiers, policy, arrivals))
+
+    child = context.Process(target=work)
+    child.start()
+    sender.close()
+    try:
+        summary: Summary = receiver.recv()
+    finally:
+        child.join()
+    return summary
+
+
+def run_one(
     num_workers: int, rates: Rates, tiers: str, policy: str, arrivals: Sequence[Arrival]
 ) -> Summary:
     sizes = [(name, factor * rates.device_blocks) for name, factor in TIERS[tiers]]
-    cluster = Cluster(num_workers, rates, sizes, ROUTINGS[policy])
+    cluster = Cluster(num_workers, rates, sizes, ROUTINGS[policy], policy in WITH_PEERS)
     # What a run builds up is not garbage; to look for some again and again takes most of the time.
     gc.disable()
     try:
@@ -87,24 +129,25 @@ def _run_one(
         gc.enable()
 
 
-def _cells(
-    policy: str, summary: Summary, pooled: float, reference: Summary | None
-) -> tuple[str, ...]:
-    versus = "" if reference is None else f"{summary.mean_ttft_s / reference.mean_ttft_s - 1:+.1%}"
-    error = fmean(map(abs, summary.errors_s)) if summary.errors_s else None
+def _cells(figures: Figures, reference: Figures | None) -> tuple[str, ...]:
+    mean_s = figures["mean_ttft_s"]
+    versus = "" if reference is None else f"{mean_s / reference['mean_ttft_s'] - 1:+.1%}"
+    error = figures["estimate_error_s"]
     return (
-        policy,
-        f"{summary.mean_ttft_s:.3f}",
-        *(f"{summary.ttft_at(q):.3f}" for q in (0.5, 0.9, 0.99)),
-        f"{summary.reuse:.1%}",
-        f"{summary.reuse / pooled:.3f}",
+        figures["policy"],
+        f"{mean_s:.3f}",
+        *(f"{figures['ttft_s'][str(q)]:.3f}" for q in QUANTILES),
+        f"{figures['reuse']:.1%}",
+        f"{figures['reuse'] / figures['pooled_reuse']:.3f}",
+        f"{figures['fetched']:.1%}",
         versus,
-        f"{summary.puts_per_s:.0f}",
-        f"{summary.bytes_per_s / 1e6:.3f}",
-        f"{summary.index_bytes / 1e6:.1f}",
-        f"{summary.apply_s:.2f}",
-        f"{fmean(summary.route_s) * 1e3:.3f}",
-        f"{summary.route_p99_s * 1e3:.3f}",
+        f"{figures['busy']:.0%}",
+        f"{figures['puts_per_s']:.0f}",
+        f"{figures['bytes_per_s'] / 1e6:.3f}",
+        f"{figures['index_bytes'] / 1e6:.1f}",
+        f"{figures['apply_s']:.2f}",
+        f"{figures['route_mean_s'] * 1e3:.3f}",
+        f"{figures['route_p99_s'] * 1e3:.3f}",
         "" if error is None else f"{error:.3f}",
     )
 
@@ -113,32 +156,23 @@ def _line(cells: Sequence[str]) -> str:
     return cells[0].ljust(11) + "".join(cell.rjust(10) for cell in cells[1:])
 
 
-def _figures(policy: str, tiers: str, summary: Summary, pooled: float) -> dict[str, object]:
+def _figures(policy: str, tiers: str, summary: Summary, pooled: float, speedup: float) -> Figures:
     return {
         "policy": policy,
         "tiers": tiers,
         "workers": summary.num_workers,
+        "speedup": speedup,
         "mean_ttft_s": summary.mean_ttft_s,
-        "ttft_s": {q: summary.ttft_at(q) for q in (0.5, 0.9, 0.99)},
+        "ttft_s": {str(q): summary.ttft_at(q) for q in QUANTILES},
         "reuse": summary.reuse,
+        "fetched": summary.num_fetched / summary.num_blocks,
         "pooled_reuse": pooled,
+        "busy": summary.busy,
         "puts_per_s": summary.puts_per_s,
         "bytes_per_s": summary.bytes_per_s,
         "index_bytes": summary.index_bytes,
+        "apply_s": summary.apply_s,
+        "route_mean_s": fmean(summary.route_s),
         "route_p99_s": summary.route_p99_s,
+        "estimate_error_s": fmean(map(abs, summary.errors_s)) if summary.errors_s else None,
     }
-
-
-def _plot(figures: Sequence[dict[str, object]], path: Path) -> None:
-    from matplotlib import pyplot
-
-    groups = sorted({(str(f["tiers"]), int(str(f["workers"]))) for f in figures})
-    _, axes = pyplot.subplots(1, len(groups), figsize=(4 * len(groups), 4), squeeze=False)
-    for axis, (tiers, workers) in zip(axes[0], groups, strict=True):
-        chosen = [f for f in figures if (f["tiers"], f["workers"]) == (tiers, workers)]
-        axis.bar([str(f["policy"]) for f in chosen], [f["mean_ttft_s"] for f in chosen])
-        axis.set_title(f"{workers} workers, tiers: {tiers}")
-        axis.set_ylabel("mean TTFT, s")
-        axis.tick_params(axis="x", rotation=60)
-    pyplot.tight_layout()
-    pyplot.savefig(path)

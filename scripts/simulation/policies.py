@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from statistics import fmean, pstdev
 from typing import Protocol
 
 from xllm.cache.index import CacheIndex, TierCounts
 from xllm.protocol import GenerateRequest, SamplingParams, WorkerId, WorkerLoad
-from xllm.roles.cost_routing import CostRouting, Estimate, Prompt
+from xllm.roles.cost_routing import CostRouting, Estimate, Fetch, Prompt
 from xllm.roles.global_scheduler import Candidate, LeastLoad, RoundRobin
 
 _NONE: TierCounts = [0, 0, 0, 0]
@@ -36,6 +37,11 @@ class Routing(Protocol):
     @property
     def errors(self) -> Sequence[float]:
         """Estimated TTFT less what it was, where a policy estimates it."""
+        ...
+
+    @property
+    def fetch(self) -> Fetch | None:
+        """What the last route would have fetched from a peer."""
         ...
 
     def route(self, prompt: Prompt, candidates: Sequence[Candidate]) -> WorkerId: ...
@@ -55,6 +61,7 @@ class _Counting:
         self.index = index
         self.clock = clock
         self.errors: Sequence[float] = ()
+        self.fetch: Fetch | None = None
         self.loads: dict[WorkerId, WorkerLoad] = {}
         self.num_requests: Counter[WorkerId] = Counter()
         self.prefill_blocks: Counter[WorkerId] = Counter()
@@ -117,9 +124,11 @@ class CostAwareRouting:
         self._dispatched_at: dict[WorkerId, deque[float]] = {}
         self._clock = clock
         self.errors: list[float] = []
+        self.fetch: Fetch | None = None
 
     def route(self, prompt: Prompt, candidates: Sequence[Candidate]) -> WorkerId:
         self._chosen = self._routing.route(prompt, candidates)
+        self.fetch = self._chosen.fetch
         return self._chosen.worker_id
 
     def dispatched(self, prompt: Prompt, worker: WorkerId) -> None:
@@ -137,8 +146,10 @@ class CostAwareRouting:
 
     def report(self, worker: WorkerId, load: WorkerLoad) -> None:
         # What was sent while the report was on its way is not in it.
-        sent = self._dispatched_at.get(worker, ())
-        self._routing.report(worker, load, sum(at > self._clock() - 0.002 for at in sent))
+        before = self._clock() - 0.002
+        sent = reversed(self._dispatched_at.get(worker, ()))
+        num_unacknowledged = sum(1 for _ in takewhile(lambda at: at > before, sent))
+        self._routing.report(worker, load, num_unacknowledged)
 
 
 class XllmRouting(_Counting):
@@ -232,12 +243,16 @@ ROUTINGS: dict[str, MakeRouting] = {
     "RR": RoundRobinRouting,
     "LEAST_LOAD": LeastLoadRouting,
     "CAR": CostAwareRouting,
+    "CAR+peers": CostAwareRouting,
     "xLLM": XllmRouting,
     "Dynamo": DynamoRouting,
     "llm-d": LlmdRouting,
     "sglang": SglangRouting,
     "AIBrix": AibrixRouting,
 }
+
+WITH_PEERS = {"CAR+peers"}
+"""Whose workers fetch blocks from each other; the others are compared without."""
 
 
 def _request(prompt: Prompt) -> GenerateRequest:

@@ -18,9 +18,13 @@ class Summary:
         self.route_s: list[float] = []
         self.hit_blocks: Counter[int] = Counter()
         """By tier."""
+        self.num_fetched = 0
+        """Blocks that came from peers."""
         self.num_blocks = 0
         self.puts_per_s = self.bytes_per_s = 0.0
         """Of the busiest ten seconds, load reports included."""
+        self.busy = 0.0
+        """Share of the workers' time in which they computed prompts, until the last one came."""
         self.index_bytes = 0
         self.apply_s = 0.0
         self.errors_s: Sequence[float] = ()
@@ -28,11 +32,12 @@ class Summary:
         self._writes: Counter[int] = Counter()
         self._bytes: Counter[int] = Counter()
 
-    def add(self, ttft_s: float, prefix: Sequence[int], num_blocks: int) -> None:
+    def add(self, ttft_s: float, prefix: Sequence[int], num_fetched: int, num_blocks: int) -> None:
         self.ttft_s.append(ttft_s)
         self.num_blocks += num_blocks
         for tier, count in enumerate(prefix):
             self.hit_blocks[tier] += count
+        self.num_fetched += num_fetched
 
     def add_write(self, now: float, num_bytes: int) -> None:
         self._writes[int(now / 10)] += 1
@@ -55,7 +60,7 @@ class Summary:
     @property
     def reuse(self) -> float:
         """The share of prompt blocks that were not computed."""
-        return sum(self.hit_blocks.values()) / self.num_blocks
+        return (sum(self.hit_blocks.values()) + self.num_fetched) / self.num_blocks
 
     @property
     def mean_ttft_s(self) -> float:

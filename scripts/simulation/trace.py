@@ -25,7 +25,7 @@ class Arrival:
     """Of the full blocks of the prompt, as in the index."""
 
 
-def read_arrivals(path: Path, block_size: int, speedup: float = 1.0) -> list[Arrival]:
+def read_arrivals(path: Path, block_size: int) -> list[Arrival]:
     """A trace in Mooncake's format, cut into blocks of `block_size` tokens."""
     per_name = NAMED_TOKENS // block_size
     arrivals = []
@@ -35,7 +35,7 @@ def read_arrivals(path: Path, block_size: int, speedup: float = 1.0) -> list[Arr
         arrivals.append(
             Arrival(
                 number,
-                request.time_s / speedup,
+                request.time_s,
                 request.input_length,
                 request.output_length,
                 tuple(map(_scatter, blocks[: request.input_length // block_size])),

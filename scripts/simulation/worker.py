@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from struct import Struct
 
 import msgspec
 
 from simulation.trace import Arrival
 from xllm.cache.block_pool import BlockEvent, BlockEventKind
 from xllm.cache.event_codec import TierCode
-from xllm.protocol import BlockHash, Epoch, PrefillCost, WorkerId, WorkerLoad
+from xllm.protocol import PEER, BlockHash, Epoch, PrefillCost, WorkerId, WorkerLoad
 from xllm.roles.cost_model import MAX_STEP_S
 
-RATES_FILE = Path(__file__).with_name("rates.json")
+RATES = {
+    path.stem.removeprefix("rates_"): path for path in Path(__file__).parent.glob("rates_*.json")
+}
+"""Committed files by name."""
+
+_STORED, _REMOVED = BlockEventKind.STORED, BlockEventKind.REMOVED
+_pack = Struct("<QQ").pack
+"""A name of 16 bytes for a block's number."""
 
 
 class Decode(msgspec.Struct, frozen=True):
@@ -36,6 +44,9 @@ class Rates(msgspec.Struct, frozen=True):
     decode: Decode
     device_blocks: int
     tier_block_s: dict[str, float]
+    """Seconds per block to load from below the device, or from a peer."""
+    speedup_per_worker: float
+    """Of the trace's clock, times the number of workers: the same load for each."""
 
 
 def read_rates(path: Path) -> Rates:
@@ -50,7 +61,17 @@ class Running:
     came_at: float
     estimate_s: float = 0.0
     prefix: tuple[int, ...] = (0, 0, 0)
+    """Blocks by tier that it holds itself."""
+    num_fetched: int = 0
+    """Blocks behind these that a peer holds."""
     finishes_at: float = 0.0
+    source: SimulatedWorker | None = None
+    """Who has blocks up to `fetch_end`, and may be asked for them."""
+    fetch_end: int = 0
+
+    @property
+    def num_held(self) -> int:
+        return sum(self.prefix) + self.num_fetched
 
 
 class TierCache:
@@ -61,19 +82,22 @@ class TierCache:
         self.used_at: OrderedDict[int, float] = OrderedDict()
         self.events: list[BlockEvent] = []
 
-    def use(self, block: int, now: float) -> int | None:
-        """Stores or refreshes; returns what was evicted."""
-        if block in self.used_at:
-            self.used_at[block] = now
-            self.used_at.move_to_end(block)
-            return None
-        self.used_at[block] = now
-        self.events.append(BlockEvent(BlockEventKind.STORED, _name(block)))
-        if len(self.used_at) <= self.num_blocks:
-            return None
-        evicted, _ = self.used_at.popitem(last=False)
-        self.events.append(BlockEvent(BlockEventKind.REMOVED, _name(evicted)))
-        return evicted
+    def use(self, blocks: Iterable[int], now: float) -> list[int]:
+        """Stores or refreshes them, one after the other; returns what was evicted."""
+        used_at, num_blocks, events = self.used_at, self.num_blocks, self.events
+        all_evicted = []
+        for block in blocks:
+            is_new = block not in used_at
+            used_at[block] = now
+            if not is_new:
+                used_at.move_to_end(block)
+                continue
+            events.append(BlockEvent(_STORED, BlockHash(_pack(block, 0))))
+            if len(used_at) > num_blocks:
+                evicted, _ = used_at.popitem(last=False)
+                events.append(BlockEvent(_REMOVED, BlockHash(_pack(evicted, 0))))
+                all_evicted.append(evicted)
+        return all_evicted
 
     def eviction_age_s(self, now: float) -> float | None:
         if len(self.used_at) < self.num_blocks:
@@ -84,25 +108,43 @@ class TierCache:
 class SimulatedWorker:
     """What is on the device is in host memory, too; what leaves host memory goes to disk."""
 
-    def __init__(self, worker_id: WorkerId, rates: Rates, tiers: Sequence[tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        rates: Rates,
+        tiers: Sequence[tuple[str, int]],
+        with_peers: bool = False,
+    ) -> None:
         """`tiers`: name and number of blocks of each, from the device down."""
         self.worker_id = worker_id
         self.rates = rates
         self.cost = PrefillCost(rates.prefill.step_s, rates.prefill.token_s, rates.prefill.pair_s)
         self.tiers = {name: TierCache(num_blocks) for name, num_blocks in tiers}
         self._caches = list(self.tiers.values())
+        self._measured_s = {name: rates.tier_block_s[name] for name, _ in tiers[1:]}
+        if with_peers:
+            self._measured_s[PEER] = rates.tier_block_s[PEER]
         self._block_s = [0.0, *(rates.tier_block_s[name] for name, _ in tiers[1:])]
         self.waiting: deque[Running] = deque()
         self.computing: Running | None = None
         self.num_decoding = 0
+        self.busy_s = 0.0
+        """Seconds of computing prompts so far."""
 
     @property
     def num_requests(self) -> int:
         return len(self.waiting) + (self.computing is not None) + self.num_decoding
 
-    def enqueue(self, arrival: Arrival, now: float) -> None:
-        running = Running(arrival, now)
-        running.prefix = self._match(arrival.hashes)
+    def enqueue(
+        self,
+        arrival: Arrival,
+        now: float,
+        source: SimulatedWorker | None = None,
+        fetch_end: int = 0,
+    ) -> None:
+        """`source` may be asked for the prompt's blocks up to `fetch_end`."""
+        running = Running(arrival, now, source=source, fetch_end=fetch_end)
+        self._look(running)
         running.estimate_s = self._service_s(running)
         self.waiting.append(running)
 
@@ -111,10 +153,13 @@ class SimulatedWorker:
         if self.computing is not None or not self.waiting:
             return None
         running = self.waiting.popleft()
-        running.prefix = self._match(running.arrival.hashes)
+        self._look(running)
         loading_s = sum(n * s for n, s in zip(running.prefix, self._block_s, strict=False))
-        loaded_at = running.came_at + loading_s
-        running.finishes_at = max(now, loaded_at) + self._service_s(running)
+        if running.num_fetched:
+            loading_s += running.num_fetched * self._measured_s[PEER]
+        service_s = self._service_s(running)
+        running.finishes_at = max(now, running.came_at + loading_s) + service_s
+        self.busy_s += service_s
         self.computing = running
         return running
 
@@ -122,10 +167,12 @@ class SimulatedWorker:
         """The first token is there, and the prompt's blocks with it."""
         self.computing = None
         self.num_decoding += 1
+        blocks = running.arrival.hashes[::-1]
         device, *below = self._caches
-        for block in reversed(running.arrival.hashes):
-            device.use(block, now)
-            if below and (demoted := below[0].use(block, now)) is not None and len(below) > 1:
+        device.use(blocks, now)
+        if below:
+            demoted = below[0].use(blocks, now)
+            if len(below) > 1:
                 below[1].use(demoted, now)
 
     def decode_s(self, num_output: int) -> float:
@@ -152,11 +199,7 @@ class SimulatedWorker:
             queue_s += self.computing.finishes_at - now
         ages = {name: cache.eviction_age_s(now) for name, cache in self.tiers.items()}
         capacity = self.rates.device_blocks
-        used = (
-            (self.computing is not None) * len(self.computing.arrival.hashes)
-            if self.computing
-            else 0
-        )
+        used = len(self.computing.arrival.hashes) if self.computing is not None else 0
         return WorkerLoad(
             epoch=epoch,
             waiting_requests_num=len(self.waiting),
@@ -166,9 +209,17 @@ class SimulatedWorker:
             decode_step_s=self.step_s if self.num_decoding else 0.0,
             queue_s=queue_s,
             prefill_cost=self.cost,
-            tier_block_s={name: self.rates.tier_block_s[name] for name in list(self.tiers)[1:]},
+            tier_block_s=self._measured_s,
             eviction_age_s={name: age for name, age in ages.items() if age is not None},
         )
+
+    def _look(self, running: Running) -> None:
+        """What it and its peer hold of the prompt now."""
+        hashes = running.arrival.hashes
+        running.prefix = self._match(hashes)
+        running.num_fetched = 0
+        if running.source is not None and (start := sum(running.prefix)) < running.fetch_end:
+            running.num_fetched = sum(running.source._match(hashes[start : running.fetch_end]))
 
     def _match(self, hashes: Sequence[int]) -> tuple[int, ...]:
         counts = [0] * len(self._caches)
@@ -184,10 +235,6 @@ class SimulatedWorker:
 
     def _service_s(self, running: Running) -> float:
         arrival = running.arrival
-        start = min(sum(running.prefix) * self.rates.block_size, arrival.num_tokens - 1)
+        start = min(running.num_held * self.rates.block_size, arrival.num_tokens - 1)
         share = 1.0 - self.step_s / MAX_STEP_S if self.num_decoding else 1.0
         return self.cost.seconds(start, arrival.num_tokens - start) / max(share, 0.25)
-
-
-def _name(block: int) -> BlockHash:
-    return BlockHash(block.to_bytes(8, "little") + bytes(8))

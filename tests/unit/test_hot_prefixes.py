@@ -104,6 +104,15 @@ def test_what_is_rescued_is_dealt_out_and_the_last_ones_come_first(
     assert [a.names for a in rescued] == prompts[-2:-6:-1]
 
 
+def test_one_long_prompt_is_not_wanted_by_many() -> None:
+    world = World()
+    world.hold(A, SYSTEM)
+    world.hot.observe(SYSTEM, 30.0)
+    assert world.assign() == []
+    world.hot.observe(SYSTEM, 0.1)
+    assert world.assign() == [Assignment(C, SYSTEM, [A])]
+
+
 def test_demand_that_is_over_is_forgotten() -> None:
     world = World()
     world.hold(A, SYSTEM)

@@ -11,13 +11,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from simulation.cluster import Cluster
-from simulation.policies import ROUTINGS
+from simulation.policies import ROUTINGS, WITH_PEERS
 from simulation.trace import Arrival, pooled_reuse
-from simulation.worker import RATES_FILE, read_rates
+from simulation.worker import RATES as RATES_FILES
+from simulation.worker import read_rates
 
 from xllm.cache.event_codec import TierCode
 
-RATES = read_rates(RATES_FILE)
+RATES = read_rates(RATES_FILES["gpu"])
 TIERS = (("device", 64), ("host", 128), ("disk", 256))
 
 
@@ -37,7 +38,7 @@ def conversations(num_users: int = 6, num_turns: int = 6) -> list[Arrival]:
 @pytest.mark.parametrize("policy", ROUTINGS)
 def test_every_prompt_gets_its_first_token_and_the_index_is_what_workers_hold(policy: str) -> None:
     arrivals = conversations()
-    cluster = Cluster(4, RATES, TIERS, ROUTINGS[policy])
+    cluster = Cluster(4, RATES, TIERS, ROUTINGS[policy], policy in WITH_PEERS)
     summary = cluster.run(arrivals)
     assert len(summary.ttft_s) == len(arrivals)
     assert 0.0 < summary.mean_ttft_s < 1.0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 
 from xllm.protocol import BlockHash
@@ -33,6 +34,7 @@ class CacheRoot:
     block_size: int
     adapter: str = ""
 
+    @lru_cache(maxsize=256)  # noqa: B019 - what it keeps is small, and bounded
     def hash(self, salt: str = "") -> BlockHash:
         """The parent of a sequence's first block; `salt` separates tenants.
 

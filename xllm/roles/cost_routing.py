@@ -26,9 +26,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-from xllm.cache.block_pool import BlockEventKind
-from xllm.cache.event_codec import EventBatch, Section, TierCode
 from xllm.cache.index import CacheIndex, TierCounts
 from xllm.protocol import WorkerId, WorkerLoad
 from xllm.roles.cost_model import (
@@ -350,25 +349,43 @@ def _lacking(hashes: Sequence[int], prefix: TierCounts) -> int | None:
     return hashes[num_held] if num_held < len(hashes) else None
 
 
+class _Mark:
+    """Of one worker's prompts, those that have one block in common."""
+
+    __slots__ = ("count", "hashes")
+
+    def __init__(self, hashes: Sequence[int]) -> None:
+        self.count = 1
+        self.hashes = hashes
+        """Of the last one."""
+
+
 class _Credits:
-    """What dispatched prompts will leave behind, as if it were there already."""
+    """What dispatched prompts will leave behind, as if it were there already.
+
+    The name of a block stands for all blocks before it, so every eighth one is enough to find the
+    workers whose prompts begin alike; the last of these prompts says how far.
+    """
+
+    STRIDE = 8
 
     def __init__(self) -> None:
-        self._index = CacheIndex()
         self._prompts: dict[str, tuple[WorkerId, Sequence[int]]] = {}
-        self._counts: dict[WorkerId, dict[int, int]] = {}
-        """How many prompts of a worker vouch for a block."""
+        self._marks: dict[int, dict[WorkerId, _Mark]] = {}
         self._expiries: list[tuple[float, str]] = []
         """A heap."""
 
     def add(self, request_id: str, worker: WorkerId, hashes: Sequence[int]) -> None:
         self._drop(request_id)
         self._prompts[request_id] = (worker, hashes)
-        counts = self._counts.setdefault(worker, {})
-        fresh = [block for block in hashes if block not in counts]
-        for block in hashes:
-            counts[block] = counts.get(block, 0) + 1
-        self._index.apply(worker, _device(BlockEventKind.STORED, fresh))
+        for block in hashes[:: self.STRIDE]:
+            marks = self._marks.setdefault(block, {})
+            mark = marks.get(worker)
+            if mark is None:
+                marks[worker] = _Mark(hashes)
+            else:
+                mark.count += 1
+                mark.hashes = hashes
 
     def expire(self, request_id: str, at: float) -> None:
         heapq.heappush(self._expiries, (at, request_id))
@@ -378,24 +395,38 @@ class _Credits:
             self._drop(heapq.heappop(self._expiries)[1])
 
     def match(self, hashes: Sequence[int]) -> dict[WorkerId, TierCounts]:
-        return self._index.match(hashes)
+        """As `CacheIndex.match`, all of it in the device tier."""
+        found: list[dict[WorkerId, _Mark]] = []
+        for block in hashes[:: self.STRIDE]:
+            marks = self._marks.get(block)
+            if marks is None:
+                break
+            found.append(marks)
+        counts: dict[WorkerId, TierCounts] = {}
+        while found:
+            marks = found.pop()
+            start = len(found) * self.STRIDE
+            ours = hashes[start : start + self.STRIDE]
+            for worker, mark in marks.items():
+                if worker not in counts:
+                    theirs = mark.hashes[start : start + self.STRIDE]
+                    counts[worker] = [start + _num_common(ours, theirs), 0, 0, 0]
+        return counts
 
     def _drop(self, request_id: str) -> None:
         worker, hashes = self._prompts.pop(request_id, (WorkerId(""), ()))
-        if not hashes:
-            return
-        counts = self._counts[worker]
-        gone = []
-        for block in hashes:
-            counts[block] -= 1
-            if not counts[block]:
-                del counts[block]
-                gone.append(block)
-        self._index.apply(worker, _device(BlockEventKind.REMOVED, gone))
-        if not counts:
-            del self._counts[worker]
-            self._index.remove_worker(worker)
+        for block in hashes[:: self.STRIDE]:
+            marks = self._marks[block]
+            marks[worker].count -= 1
+            if not marks[worker].count:
+                del marks[worker]
+                if not marks:
+                    del self._marks[block]
 
 
-def _device(kind: BlockEventKind, hashes: Sequence[int]) -> EventBatch:
-    return EventBatch((Section(TierCode.DEVICE, kind, hashes),))
+def _num_common(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    if ours == theirs:
+        return len(ours)
+    return sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+    )

@@ -3,7 +3,8 @@ them ahead of requests. Pure.
 
 A request is counted at a few lengths of its prompt: 1, 2, 4, 8, ... blocks. What it counts with are
 the seconds that it keeps a worker busy once the prefix is there, so demand is in workers: 1.5 is
-more than one worker can serve. Counts fade with a half-life of `HALF_LIFE_S`.
+more than one worker can serve. Counts fade with a half-life of `HALF_LIFE_S`. Names of blocks are
+chained, so the last one of a prefix stands for all of it.
 
     demand of a prefix     workers that hold it     who fetches it
     up to LOAD * holders   ...                      nobody
@@ -35,6 +36,10 @@ LOAD = 0.7
 """Of a worker's time, before another one is to hold the prefix, too."""
 MOST = 0.7
 """Of the demand of a prefix: what a longer one has, if it is to go instead."""
+SEVERAL = 1.5
+"""Requests, faded: one alone, however long its prompt is, is no reason to copy it."""
+FORGOTTEN_S = 20.0
+"""After ten half-lives nothing is hot."""
 MIN_BLOCKS = 4
 """Shorter ones are computed while a command travels."""
 PAUSE_S = 2.0
@@ -44,6 +49,9 @@ MAX_RESCUED = 32
 """Prefixes of workers that leave, at a time."""
 MAX_RESCUE_LOOKUPS = 256
 """Of those that are tracked, the last ones."""
+
+_LEAST_BUSY_S = LOAD * HALF_LIFE_S / math.log(2)
+"""Less is not hot, however fresh it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +64,13 @@ class Assignment:
 
 
 class _Demand:
-    __slots__ = ("at", "busy_s", "names", "not_before")
+    __slots__ = ("at", "busy_s", "count", "names", "not_before")
 
     def __init__(self, names: Sequence[BlockHash], now: float) -> None:
         self.names = names
         self.busy_s = 0.0
-        """Faded to the time `at`."""
+        self.count = 0.0
+        """Of requests; like `busy_s`, faded to the time `at`."""
         self.at = now
         self.not_before = now
 
@@ -69,8 +78,13 @@ class _Demand:
         """Seconds of work per second."""
         return self.busy_s * _fade(now - self.at) * math.log(2) / HALF_LIFE_S
 
+    def num_requests(self, now: float) -> float:
+        return self.count * _fade(now - self.at)
+
     def add(self, busy_s: float, now: float) -> None:
-        self.busy_s = self.busy_s * _fade(now - self.at) + busy_s
+        fade = _fade(now - self.at)
+        self.busy_s = self.busy_s * fade + busy_s
+        self.count = self.count * fade + 1.0
         self.at = now
 
 
@@ -101,17 +115,24 @@ class HotPrefixes:
     ) -> list[Assignment]:
         """Who of `workers`, those that serve and fetch blocks, is to fetch what now."""
         now = self._clock()
-        hot = [demand for demand in self._demands.values() if demand.workers(now) > LOAD]
-        hot.sort(key=lambda demand: len(demand.names))
+        hot = self._hot(now)
+        wanted_beyond: dict[BlockHash, float] = {}
+        """By the last block of a prefix: the most that a longer one of the hot ones is wanted."""
+        for demand, num_workers in hot:
+            length = MIN_BLOCKS
+            while length < len(demand.names):
+                last = demand.names[length - 1]
+                wanted_beyond[last] = max(wanted_beyond.get(last, 0.0), num_workers)
+                length *= 2
         assignments: list[Assignment] = []
-        for number, demand in enumerate(hot):
-            if any(self._goes_instead(demand, longer, now) for longer in hot[number + 1 :]):
+        for demand, num_workers in hot:
+            if wanted_beyond.get(demand.names[-1], 0.0) >= MOST * num_workers:
                 continue
             if now < demand.not_before:
                 continue
             holders = self._holders(demand, workers)
             others = sorted((backlog_s(w), w) for w in workers if w not in holders)
-            if not holders or not others or demand.workers(now) <= LOAD * len(holders):
+            if not holders or not others or num_workers <= LOAD * len(holders):
                 continue
             demand.not_before = now + PAUSE_S
             assignments.append(Assignment(others[0][1], demand.names, holders))
@@ -149,10 +170,19 @@ class HotPrefixes:
             rescued.append(Assignment(target, demand.names, holders))
         return rescued
 
-    def _goes_instead(self, demand: _Demand, longer: _Demand, now: float) -> bool:
-        return longer.names[: len(demand.names)] == demand.names and longer.workers(
-            now
-        ) >= MOST * demand.workers(now)
+    def _hot(self, now: float) -> list[tuple[_Demand, float]]:
+        """What several want, and keeps more than `LOAD` workers busy; the shortest first."""
+        hot: list[tuple[_Demand, float]] = []
+        for demand in reversed(self._demands.values()):
+            if now - demand.at > FORGOTTEN_S:
+                break
+            if demand.busy_s <= _LEAST_BUSY_S:
+                continue
+            num_workers = demand.workers(now)
+            if num_workers > LOAD and demand.num_requests(now) >= SEVERAL:
+                hot.append((demand, num_workers))
+        hot.sort(key=lambda item: len(item[0].names))
+        return hot
 
     def _holders(self, demand: _Demand, workers: Collection[WorkerId]) -> list[WorkerId]:
         hashes = [short_hash(name) for name in demand.names]

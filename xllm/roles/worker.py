@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from xllm.config import EngineConfig, WorkerConfig
 from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
+from xllm.heap import freeze_heap
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.reload import Reload
@@ -193,6 +194,7 @@ class _Worker:
                         drain=self._begin_drain,
                     )
                 )
+                freeze_heap()
                 self.ready = True
                 logger.info("worker_ready worker_id=%s address=%s", worker_id, self._address(host))
                 tasks.create_task(model.engine.wait_closed())
@@ -242,6 +244,7 @@ class _Worker:
             await engine_stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
             backend.open(model.card, model.engine, tokenizer)
+            freeze_heap()
             self.ready = True
             scheme = "http" if self.client_tls is None else "https"
             logger.info("worker_ready url=%s://%s", scheme, self._address(host))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xllm.cache.block_pool import BlockEventKind
 from xllm.cache.event_codec import EventBatch, Section, TierCode
@@ -72,6 +72,14 @@ class Estimate:
     prefix: TierCounts
     parts: Parts
     fetch: Fetch | None = None
+    weighed: _Weighed | None = field(default=None, repr=False, compare=False)
+
+    def alternatives(self) -> list[Estimate]:
+        """This one, and those that it was compared with, the best first: made when asked for."""
+        if self.weighed is None:
+            return [self]
+        rest = [other for other in self.weighed.all() if other.worker_id != self.worker_id]
+        return [self, *rest]
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +326,7 @@ class _Weighed:
             # The longest prefix that anybody holds ends where what is fetched ends.
             _, peer = min(self._sources)
             fetch = Fetch(peer, self._longest - parts.num_fetched, parts.num_fetched)
-        return Estimate(self._views[i].worker_id, self._prefixes[i], parts, fetch)
+        return Estimate(self._views[i].worker_id, self._prefixes[i], parts, fetch, self)
 
 
 def _lacking(hashes: Sequence[int], prefix: TierCounts) -> int | None:

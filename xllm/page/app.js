@@ -38,12 +38,12 @@ function take(news, isFirst) {
   }
   if (news.cluster) {
     state.cluster = news.cluster;
+    state.summary = news.cluster.serving;
     showFacts(news.cluster);
   }
   if (news.points) {
     const since = state.now - 300;
     state.points = [...state.points, ...news.points].filter((point) => point.at > since);
-    state.summary = news.summary;
     charts.draw(state);
   }
   picture.draw(state, isFirst ? [] : changed);

@@ -75,7 +75,7 @@ class Chart {
   slo(y, label, width) {
     this.plot.append(
       svg("line", { class: "slo", x1: PAD.left, x2: width - PAD.right, y1: y, y2: y }),
-      svg("text", { class: "slo-label end", x: width - PAD.right, y: y - 4, text: label }),
+      svg("text", { class: "slo-label", x: PAD.left + 4, y: y - 4, text: label }),
     );
   }
 
@@ -108,7 +108,7 @@ function drawTtft(chart, state, x, width) {
   if (target) chart.slo(y(target), `target ${seconds(target)}`, width);
   plotPair(chart, state, x, y, ["ttft_p50_s", "ttft_p95_s"]);
   const ttft = state.summary.ttft_s;
-  chart.say(seconds(ttft?.p50), `p95 ${seconds(ttft?.p95)} · ${ttft?.num ?? 0} requests`);
+  chart.say(seconds(ttft?.p50), `p95 ${seconds(ttft?.p95)} · ${ttft?.num ?? 0} ${ttft?.num === 1 ? "request" : "requests"}`);
 }
 
 function drawTbt(chart, state, x, width) {

@@ -36,6 +36,7 @@ export function setText(node, text) {
 
 export function seconds(value) {
   if (value === null || value === undefined) return "–";
+  if (value < 0.00005) return "0";
   if (value < 0.0095) return `${(value * 1e3).toFixed(1)} ms`;
   if (value < 0.9995) return `${Math.round(value * 1e3)} ms`;
   if (value < 99.5) return `${value.toFixed(value < 9.95 ? 2 : 1)} s`;

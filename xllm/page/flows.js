@@ -11,7 +11,26 @@ export class Flows {
   constructor(stage, layer) {
     this.stage = stage;
     this.layer = layer;
+    this.links = svg("g");
+    layer.append(this.links);
     this.calm = matchMedia("(prefers-reduced-motion: reduce)");
+  }
+
+  /** A line from the foot of one element to the head of each of others; `lost` ones are broken. */
+  link(from, others, lost) {
+    const origin = this.stage.getBoundingClientRect();
+    const box = from.getBoundingClientRect();
+    const start = { x: box.left + box.width / 2 - origin.left, y: box.bottom - origin.top };
+    const paths = others.map((other, i) => {
+      const to = other.getBoundingClientRect();
+      const end = { x: to.left + to.width / 2 - origin.left, y: to.top - origin.top };
+      const middle = (start.y + end.y) / 2;
+      const d = `M${start.x},${start.y} C${start.x},${middle} ${end.x},${middle} ${end.x},${end.y}`;
+      // Rows below the first would be reached through the cards above them.
+      const isFirst = to.top < others[0].getBoundingClientRect().bottom;
+      return isFirst ? svg("path", { class: lost[i] ? "link lost" : "link", d }) : null;
+    });
+    this.links.replaceChildren(...paths.filter(Boolean));
   }
 
   /** `blocks` of them from element to element, as a few squares of class `kind`. */

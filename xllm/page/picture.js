@@ -27,6 +27,7 @@ export class Picture {
     this.cards = new Map();
     this.moved = new Map(); // by worker: its counts of the last report
     this.sent = new Set(); // attempts that were drawn already
+    new ResizeObserver(() => this.drawLinks()).observe(this.root);
   }
 
   /** After a new connection: what was counted meanwhile is not drawn as if it moved now. */
@@ -40,6 +41,7 @@ export class Picture {
     const running = runningByWorker(state.requests);
     this.drawMasters(state.cluster);
     this.drawWorkers(state.cluster.workers, running);
+    this.drawLinks();
     this.drawMoves(state.cluster.workers);
     this.drawRequests(state.cluster, changed);
   }
@@ -94,6 +96,14 @@ export class Picture {
       const cards = ordered.map((id) => this.cards.get(id).root);
       this.root.replaceChildren(...(cards.length ? cards : [nothing]));
     }
+  }
+
+  /** From this master to each worker. */
+  drawLinks() {
+    const here = this.masters.querySelector(".here");
+    const cards = [...this.cards.values()];
+    const lost = cards.map((card) => card.root.classList.contains("lost"));
+    if (here) this.flows.link(here, cards.map((card) => card.root), lost);
   }
 
   /** Blocks that moved since the last report of each worker. */

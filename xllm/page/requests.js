@@ -51,15 +51,17 @@ class Row {
     this.state = state;
     const last = request.attempts.at(-1);
     const [label, tone] = STATES[request.state] ?? [request.state, ""];
+    const isOver = request.state !== "running" && request.state !== "moving";
     const moved = new Set(request.attempts.map((attempt) => attempt.worker_id)).size > 1;
     this.summary.replaceChildren(
       el("span", { class: "at", text: clock(request.started_at) }),
       el("span", { class: `chip ${tone}`, text: label }),
       el("span", { class: "to id" }, way(request)),
       el("span", { class: "ttft", text: seconds(request.ttft_s), title: "time to first token" }),
+      el("span", { class: "prompt", text: count(request.prompt_tokens), title: "prompt tokens" }),
       el("span", { class: "cached" }, cachedBar(request)),
       el("span", { class: "line" }, timeLine(last, request)),
-      el("span", { class: "total", text: seconds(request.seconds), title: "in all" }),
+      el("span", { class: "total", text: isOver ? seconds(request.seconds) : "…", title: "in all" }),
     );
     this.root.classList.toggle("moved", moved);
     this.root.dataset.request = request.request_id;

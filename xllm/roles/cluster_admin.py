@@ -48,8 +48,11 @@ class ClusterAdmin:
         metrics: Metrics,
         hot: HotPrefixDuty | None = None,
         secret: ClusterSecret | None = None,
+        serving: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """`hot`: what a leader does about prefixes that many want; None: nothing."""
+        """`hot`: what a leader does about prefixes that many want; None: nothing. `serving`: how
+        this master has served lately."""
+        self._serving = serving
         self._hot = hot
         self._config = config
         self._keys = keys
@@ -120,6 +123,7 @@ class ClusterAdmin:
             ),
             "masters": describe_masters(masters, leader),
             "workers": describe_workers(self._registry, self._index, word),
+            "serving": self._serving(),
         }
 
     async def masters(self) -> list[MasterInfo]:

@@ -111,7 +111,6 @@ class LivePort:
                 seen_requests = journal.version
             if seen_points != figures.num_points:
                 news["points"] = figures.describe(max(seen_points, 0))
-                news["summary"] = figures.summary()
                 seen_points = figures.num_points
             now = time.monotonic()
             if news:

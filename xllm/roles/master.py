@@ -113,6 +113,7 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
             *(config, keys, info, backend, cluster.registry, global_index.index, metrics),
             hot if config.routing.enable_peer_fetch else None,
             guards.secret,
+            figures.summary,
         )
         live_port = LivePort(config, info, backend, admin, figures)
         departure = Departure(metrics.num_api_requests, config.drain_timeout)

@@ -235,6 +235,7 @@ def help_text(role: str | None = None) -> str:
         f"xllm {__version__}: serves LLMs from a cluster whose KV cache is one",
         "",
         "usage: xllm --role=master|worker [--flag=value ...]",
+        "       xllm top|cluster|cache|drain ...    for operators: see xllm cluster --help",
     ]
     for heading, concerns in sections:
         lines += ["", heading]

@@ -1,5 +1,7 @@
 """The `xllm` command: flags → config → the role's coroutine on uvloop → exit code.
 
+`xllm top` and the other `COMMANDS` are none of that: they ask an operator port, and end.
+
     0   a clean stop, after SIGINT or SIGTERM
     2   ConfigError: one line on stderr says what to change
     3   EtcdUnavailable
@@ -54,8 +56,16 @@ SWITCH_INTERVAL_S = 0.001
 prompt."""
 
 
+COMMANDS = ("top", "cluster", "cache", "drain")
+"""For operators: they are no roles, and have a command line of their own."""
+
+
 def main() -> NoReturn:
     """The console script."""
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        from xllm.operate.command_line import run_command
+
+        _end(run_command(sys.argv[1:]))
     supervisor = Supervisor()
     supervisor.install_signal_handlers()
     faulthandler.enable()

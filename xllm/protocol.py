@@ -130,6 +130,18 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
+class PhaseSeconds(msgspec.Struct, frozen=True, array_like=True):
+    """What one worker's part of a request took, one after the other."""
+
+    queue: float
+    """Waiting, loading not included."""
+    load: float
+    """Bringing up blocks from below the device, or from a peer."""
+    prefill: float
+    decode: float
+    """From the first token to the last."""
+
+
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one engine step added to one sample of one request.
 
@@ -153,6 +165,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Prompt tokens that were not computed; the same in every delta of a sample."""
     cached_tokens_by_tier: dict[str, int] = msgspec.field(default_factory=dict)
     """The same, by the tier that had them; in the first delta of a sample and attempt."""
+    phases: PhaseSeconds | None = None
+    """With the `finish_reason`; not from a worker of an older version."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,6 +275,9 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """By tier that is full: since the last use of the block that it would evict next."""
     tiers: dict[str, TierUsage] = msgspec.field(default_factory=dict)
     """How full each tier is that the worker has."""
+    moved_blocks: dict[str, int] = msgspec.field(default_factory=dict)
+    """Since the worker's start, by way, of those that ever moved: `from_` or `to_` and a tier's
+    name, "peer" for other workers'."""
     index_pending_blocks: int = 0
     """What it holds or lost and could not tell the index yet, for want of budget."""
     watermarks: dict[str, Watermark] = msgspec.field(default_factory=dict)

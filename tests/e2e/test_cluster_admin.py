@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
 import random
+import select
+import socket
+import struct
+import subprocess
+import sys
+import termios
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -154,9 +164,104 @@ def test_what_cannot_be_done_says_why(rig: Rig) -> None:
             assert reason in error.read()
 
 
+def command(master: Master, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`xllm ARGUMENTS` for operators."""
+    return subprocess.run(
+        [sys.executable, "-m", "xllm", *arguments, f"--operator={master.operator_url}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_commands_of_a_terminal(rig: Rig) -> None:
+    master = rig.masters[0]
+    ids = {worker.worker_id for worker in rig.workers}
+    cluster = command(master, "cluster", "--json")
+    assert cluster.returncode == 0
+    assert {worker["worker_id"] for worker in json.loads(cluster.stdout)["workers"]} == ids
+    table = command(master, "cluster")
+    assert "leads" in table.stdout
+    for worker_id in ids:
+        assert worker_id in table.stdout.replace("\n", "")
+
+    prompt = random.Random(7).choices(range(1000, 20000), k=100)
+    rig.ask(prompt)
+    token_ids = "--token_ids=" + ",".join(map(str, prompt))
+    looked_up = command(master, "cache", "lookup", token_ids, "--json")
+    held = {w: a["matched_tokens"] for w, a in json.loads(looked_up.stdout)["workers"].items()}
+    assert sorted(held.values()) == [0, 3 * BLOCK]
+    target = min(held, key=lambda worker_id: held[worker_id])
+    moved = command(master, "cache", "move", token_ids, f"--to={target}", "--json")
+    assert json.loads(moved.stdout)["workers"][target]["fetched_blocks"] == 3
+    for action in ("pin", "unpin"):
+        assert command(master, "cache", action, token_ids, "-w", target).returncode == 0
+    cleared = command(master, "cache", "clear", "--tier=device", "--worker", target, "--json")
+    assert json.loads(cleared.stdout)["workers"].keys() == {target}
+    unknown = command(master, "drain", "nobody:1")
+    assert (unknown.returncode, unknown.stderr) == (2, "xllm: no such worker: nobody:1\n")
+    nobody = command(master, "cluster", "--operator_ca=/nowhere")
+    assert nobody.returncode == 0, "a CA is for https"
+
+
+def test_nobody_answers_a_command() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        ended = subprocess.run(
+            [sys.executable, "-m", "xllm", "top", f"--operator={url}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"xllm: {url} does not answer: ")
+
+
+def test_top_in_a_terminal_until_q(rig: Rig) -> None:
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 180, 0, 0))
+    command_line = [sys.executable, "-m", "xllm", "top", "--interval=0.2"]
+    process = subprocess.Popen(
+        [*command_line, f"--operator={rig.masters[1].operator_url}"],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        env={**os.environ, "TERM": "xterm-256color"},
+    )
+    os.close(its)
+    seen = b""
+
+    def is_shown() -> bool:
+        nonlocal seen
+        if select.select([ours], [], [], 0.1)[0]:
+            seen += os.read(ours, 65536)
+        names = [worker.worker_id.encode() for worker in rig.workers]
+        # Twice, so that it has looked again.
+        return all(seen.count(name) >= 2 for name in names)
+
+    try:
+        wait_until(is_shown, "both workers in the terminal", 60)
+        os.write(ours, b"q")
+
+        def has_ended() -> bool:
+            with contextlib.suppress(OSError):  # how a terminal says that nobody is there
+                is_shown()
+            return process.poll() is not None
+
+        wait_until(has_ended, "its end", 60)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert process.returncode == 0
+
+
 def test_a_worker_is_drained_through_a_master(rig: Rig) -> None:
     staying, leaving = rig.workers
-    answer = admin(rig.masters[1], "drain", workers=[leaving.worker_id], timeout=1)
+    drained = command(rig.masters[1], "drain", leaving.worker_id, "--timeout=1", "--json")
+    assert drained.returncode == 0
+    answer = json.loads(drained.stdout)
     assert answer["workers"] == {leaving.worker_id: {"state": "done", "draining": True}}
     assert leaving.wait(10) == 0
     for master in rig.masters:

@@ -30,6 +30,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from msgspec.structs import replace
+
 from xllm.cache.admin import CacheAdmin
 from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockObserver, BlockPool
@@ -436,12 +438,14 @@ class Engine:
         handle = self._open.get(id(seq.group))
         if handle is None:
             return
-        self._outbox.append((handle, delta))
         timeline = handle.timeline
         timeline.num_output_tokens += len(delta.token_ids)
         if timeline.first_token_at is None:
             timeline.first_token_at = time.monotonic()
             timeline.cached_tokens = seq.cached_tokens or {}
+        if delta.finish_reason is not None:
+            delta = replace(delta, phases=timeline.phases(time.monotonic()))
+        self._outbox.append((handle, delta))
         if delta.finish_reason is not None:
             handle.num_running_samples -= 1
             if handle.num_running_samples == 0:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xllm.cache.tier import TierName
+from xllm.protocol import PhaseSeconds
 
 if TYPE_CHECKING:
     from xllm.cache.loads import LoadSpan
@@ -55,6 +56,23 @@ class Timeline:
     @property
     def inference_s(self) -> float | None:
         return _between(self.begun_at, self.ended_at)
+
+    def phases(self, now: float) -> PhaseSeconds:
+        """Of a request that has a first token, if its last one came at `now`."""
+        begun_at = self.submitted_at if self.begun_at is None else self.begun_at
+        first_at = now if self.first_token_at is None else self.first_token_at
+        waited = begun_at - self.submitted_at
+        return PhaseSeconds(
+            *(
+                round(max(0.0, seconds), 6)
+                for seconds in (
+                    waited - self.load_s,
+                    self.load_s,
+                    first_at - begun_at,
+                    now - first_at,
+                )
+            )
+        )
 
 
 def _between(start: float | None, end: float | None) -> float | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
 
 from xllm.cache.index import CacheIndex
 from xllm.config import MasterConfig
-from xllm.coordination import Election, EtcdClient, EtcdRefused, Keys, Session
+from xllm.coordination import Election, EtcdRefused, Keys, Session
 from xllm.errors import EtcdUnavailable
 from xllm.protocol import LeaderWord, MasterInfo
 from xllm.roles.cluster_backend import ClusterBackend
@@ -48,8 +48,11 @@ class ClusterAdmin:
         metrics: Metrics,
         hot: HotPrefixDuty | None = None,
         secret: ClusterSecret | None = None,
+        serving: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """`hot`: what a leader does about prefixes that many want; None: nothing."""
+        """`hot`: what a leader does about prefixes that many want; None: nothing. `serving`: how
+        this master has served lately."""
+        self._serving = serving
         self._hot = hot
         self._config = config
         self._keys = keys
@@ -101,12 +104,14 @@ class ClusterAdmin:
         self._metrics.is_leader.set(self._election is not None and self._election.is_leader)
 
     async def _describe(self) -> dict[str, Any]:
-        """As far as it is known, if etcd does not answer."""
+        return self.describe(await self.masters())
+
+    def describe(self, masters: Sequence[MasterInfo]) -> dict[str, Any]:
+        """The answer of GET /admin/cluster, as far as it is known if etcd does not answer."""
         session, size = self._session, self._size
         value = None if self._election is None else self._election.leader
         word = None if value is None else decode_word(value)
         leader = None if word is None else word.master_id
-        masters = [self._info] if session is None else await self._masters(session.client)
         return {
             "namespace": self._keys.namespace,
             "answered_by": self._info.master_id,
@@ -118,12 +123,15 @@ class ClusterAdmin:
             ),
             "masters": describe_masters(masters, leader),
             "workers": describe_workers(self._registry, self._index, word),
+            "serving": self._serving(),
         }
 
-    async def _masters(self, client: EtcdClient) -> list[MasterInfo]:
+    async def masters(self) -> list[MasterInfo]:
         """All that are registered; this one alone, if etcd does not answer."""
+        if self._session is None:
+            return [self._info]
         try:
-            snapshot = await client.range(self._keys.masters)
+            snapshot = await self._session.client.range(self._keys.masters)
         except (EtcdUnavailable, EtcdRefused):
             return [self._info]
         found = [decode_master(kv) for kv in snapshot.kvs]

@@ -35,6 +35,7 @@ from xllm.roles.admission import MIN_QUEUED
 from xllm.roles.car_policy import MAX_RETRY_AFTER_S, NO_PEERS, CostAware, CostRoute, Peers
 from xllm.roles.delta_queue import Listener
 from xllm.roles.global_scheduler import Candidate
+from xllm.roles.journal import Attempt, Journal
 from xllm.roles.registration import cache_root
 from xllm.roles.registry import MemberState, Registry
 from xllm.roles.routed_generation import Placed, RoutedGeneration
@@ -63,9 +64,11 @@ class ClusterBackend:
         limits: RoutingConfig | None = None,
         on_sent: Callable[[GenerateRequest, CostRoute], None] = lambda *_: None,
         tracer: Tracer = OFF,
+        journal: Journal | None = None,
     ) -> None:
         """Without a `tokenizer` for all models, each model's comes from its workers. `on_sent` is
-        told of each attempt."""
+        told of each attempt, `journal` what becomes of it, too."""
+        self.journal = journal or Journal(time.monotonic, time.time)
         self._on_sent = on_sent
         self._tracer = tracer
         self._registry = registry
@@ -182,6 +185,7 @@ class ClusterBackend:
             self._metrics.requests_routed.inc()
             self._count(route)
             followed.running = opened
+            followed.record = self.journal.sent(request, route)
             return Placed(route.worker_id, followed.cancel)
 
     def _route(self, request: GenerateRequest, candidates: list[Candidate]) -> CostRoute:
@@ -284,6 +288,7 @@ class _Followed:
         "_num_open",
         "_route",
         "_router",
+        "record",
         "running",
     )
 
@@ -304,15 +309,24 @@ class _Followed:
         self._has_ended = False
         self.running: StreamRequest | None = None
         """None until it is sent."""
+        self.record: Attempt | None = None
+        """Likewise."""
 
     def listen(self, news: TokenDelta | RequestError) -> None:
+        record = self.record
         if isinstance(news, RequestError):
             self.end()
+            if record is not None:
+                record.fail(news)
         else:
             if not self._has_begun:
                 self._has_begun = True
                 self._compare()
+                if record is not None:
+                    record.begin(news)
             if news.finish_reason is not None:
+                if record is not None:
+                    record.finish(news)
                 self._num_open -= 1
                 if not self._num_open:
                     self.end()
@@ -327,6 +341,8 @@ class _Followed:
     def cancel(self) -> None:
         """Idempotent."""
         self.end()
+        if self.record is not None:
+            self.record.cancel()
         if self.running is not None:
             self.running.cancel()
 

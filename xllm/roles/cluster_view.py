@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -38,7 +39,7 @@ def describe_workers(
     ]
 
 
-def describe_masters(masters: list[MasterInfo], leader: str | None) -> list[dict[str, Any]]:
+def describe_masters(masters: Sequence[MasterInfo], leader: str | None) -> list[dict[str, Any]]:
     """Ordered by id."""
     return [
         msgspec.to_builtins(master) | {"is_leader": master.master_id == leader}
@@ -98,6 +99,7 @@ def _describe_worker(
             "prefill_tokens_per_s": load.prefill_tokens_per_s,
             "decode_step_s": load.decode_step_s,
             "index_pending_blocks": load.index_pending_blocks,
+            "moved_blocks": load.moved_blocks,
         }
     return described
 

@@ -25,7 +25,7 @@ import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 from xllm.cache.index import CacheIndex, TierCounts
@@ -75,6 +75,14 @@ class Estimate:
     prefix: TierCounts
     parts: Parts
     fetch: Fetch | None = None
+    weighed: _Weighed | None = field(default=None, repr=False, compare=False)
+
+    def alternatives(self) -> list[Estimate]:
+        """This one, and those that it was compared with, the best first: made when asked for."""
+        if self.weighed is None:
+            return [self]
+        rest = [other for other in self.weighed.all() if other.worker_id != self.worker_id]
+        return [self, *rest]
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +340,7 @@ class _Weighed:
             # The longest prefix that anybody holds ends where what is fetched ends.
             _, peer = min(self._sources)
             fetch = Fetch(peer, self._longest - parts.num_fetched, parts.num_fetched)
-        return Estimate(self._views[i].worker_id, self._prefixes[i], parts, fetch)
+        return Estimate(self._views[i].worker_id, self._prefixes[i], parts, fetch, self)
 
 
 def _with_store(prefix: TierCounts, gaps: list[int], num_blocks: int) -> TierCounts | None:

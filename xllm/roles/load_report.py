@@ -34,6 +34,7 @@ def make_load(
         tier_block_s=_tier_block_s(now),
         eviction_age_s=_eviction_age_s(now, time_s),
         tiers=tier_usage(now),
+        moved_blocks=moved_blocks(now),
         index_pending_blocks=index_pending_blocks,
         watermarks=watermarks,
     )
@@ -50,6 +51,20 @@ def tier_usage(now: EngineStatistics) -> dict[str, TierUsage]:
         for tier, table in now.tiers.tables.items():
             usage[tier.value] = TierUsage(table.num_ready, table.num_slots)
     return usage
+
+
+def moved_blocks(now: EngineStatistics) -> dict[str, int]:
+    """`WorkerLoad.moved_blocks`."""
+    if now.tiers is None:
+        return {}
+    moved = {}
+    for tier, num_blocks in now.tiers.blocks_loaded.items():
+        moved[f"from_{PEER if tier is TierName.REMOTE else tier.value}"] = num_blocks
+    for tier, num_blocks in now.tiers.blocks_stored.items():
+        moved[f"to_{tier.value}"] = num_blocks
+    if now.tiers.lent is not None:
+        moved[f"to_{PEER}"] = sum(now.tiers.lent.served.values())
+    return {way: num_blocks for way, num_blocks in moved.items() if num_blocks}
 
 
 def significant(value: float, num_digits: int) -> float:

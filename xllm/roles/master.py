@@ -15,6 +15,7 @@ import contextlib
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
@@ -26,18 +27,22 @@ from xllm.heap import freeze_heap
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import MasterId, MasterInfo
 from xllm.reload import Reload
+from xllm.roles.ask_port import AskPort
 from xllm.roles.car_policy import make_router
 from xllm.roles.cluster import Cluster
 from xllm.roles.cluster_admin import ClusterAdmin
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.cost_routing import Targets
 from xllm.roles.departure import Departure, Drained
+from xllm.roles.figures import Figures
 from xllm.roles.global_index import GlobalIndex
 from xllm.roles.guards import Guards
 from xllm.roles.hot_prefix_duty import HotPrefixDuty
 from xllm.roles.http_server import serve
+from xllm.roles.live_port import LivePort
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort
+from xllm.roles.page_files import page_routes
 from xllm.roles.route_port import RoutePort
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer
@@ -102,6 +107,10 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
             on_sent=hot.observe,
             tracer=tracer,
         )
+        figures = Figures(metrics, backend.journal)
+        executor = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        stack.callback(executor.shutdown, wait=False, cancel_futures=True)
+        ask_port = AskPort(backend, config.api, metrics, executor)
         route_port = RoutePort(
             *(backend, config.load_balance_policy, config.api.max_body_size), guards.secret
         )
@@ -109,12 +118,17 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
             *(config, keys, info, backend, cluster.registry, global_index.index, metrics),
             hot if config.routing.enable_peer_fetch else None,
             guards.secret,
+            figures.summary,
         )
+        live_port = LivePort(config, info, backend, admin, figures)
         departure = Departure(metrics.num_api_requests, config.drain_timeout)
         operator = OperatorPort(
             metrics,
             is_ready=lambda: not departure.is_leaving and bool(backend.model_cards()),
-            routes=[*route_port.routes, *admin.routes],
+            routes=[
+                *(*page_routes(), *live_port.routes, *ask_port.routes),
+                *(*route_port.routes, *admin.routes),
+            ],
             max_body_bytes=config.api.max_body_size,
             drain=departure.begin,
             drain_path="/admin/leave",
@@ -135,6 +149,7 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
         runner = make_runner(app, config.drain_timeout)
         await stack.enter_async_context(serve(runner, api_socket, tls))
         tasks.create_task(measure_event_loop_lag(metrics))
+        tasks.create_task(live_port.run())
         logger.info("master_listening url=%s://%s", "https" if tls else "http", address)
 
         client, embedded = await ensure_etcd(config.etcd, seal=guards.seal)

@@ -21,6 +21,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from xllm.net import is_loopback
+from xllm.roles.page_files import is_open
 from xllm.security.operator_key import OperatorKey
 from xllm.telemetry import METRICS_CONTENT_TYPE, Metrics
 
@@ -100,17 +101,17 @@ class OperatorPort:
 
 
 def _guard(key: OperatorKey | None) -> Middleware:
-    """Who may do more than ask for health: who has the key; without one, whoever is on this
-    machine, except pages in its user's browser, which can send requests here but not read
-    answers."""
+    """Who may do more than ask for health: who has the key, in a header; without one, whoever is
+    on this machine, except pages in its user's browser that are not from here: these can send
+    requests, though they cannot read answers."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path in ("/health", "/live"):
+        if request.path in ("/health", "/live") or is_open(request.path):
             return await handler(request)
         if key is None:
-            if _is_from_a_page(request):
-                return _refusal(403, "no requests of web pages without --operator_key_file")
+            if _is_from_another_site(request):
+                return _refusal(403, "no requests of other sites' pages")
         elif not key.is_in(request.headers.get("Authorization")):
             response = _refusal(401, "expected `Authorization: Bearer` and the operators' key")
             response.headers["WWW-Authenticate"] = "Bearer"
@@ -120,17 +121,19 @@ def _guard(key: OperatorKey | None) -> Middleware:
     return middleware
 
 
-def _is_from_a_page(request: web.Request) -> bool:
-    """A page of another site says so; one whose name was pointed here has a foreign Host."""
-    if "Origin" in request.headers:
-        return True
-    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-        return True
+def _is_from_another_site(request: web.Request) -> bool:
+    """A page of another site says so, in one of two headers; one whose name was pointed here has a
+    foreign Host. Another port of this machine is another site, too."""
     try:
         host = urlsplit(f"//{request.host}").hostname
     except ValueError:
         host = None
-    return host is None or not is_loopback(host)
+    if host is None or not is_loopback(host):
+        return True
+    origin = request.headers.get("Origin")
+    if origin is not None and origin.lower() != f"{request.scheme}://{request.host}".lower():
+        return True
+    return request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
 
 
 def _refusal(status: int, message: str) -> web.Response:

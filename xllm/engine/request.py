@@ -33,6 +33,7 @@ from xllm.protocol import (
 
 if TYPE_CHECKING:
     from xllm.cache.loads import LoadTicket
+    from xllm.engine.grammar import GrammarState
     from xllm.engine.sampler import TokenHistory
 
 
@@ -54,6 +55,7 @@ class Sequence:
         "cached_tokens",
         "children",
         "finish_reason",
+        "grammar",
         "group",
         "history",
         "index",
@@ -105,6 +107,8 @@ class Sequence:
         """Of the prompt tokens scored so far, where they are wanted; the first has none."""
         self.history: TokenHistory | None = None
         """Where a penalty needs it; made at the first draw."""
+        self.grammar: GrammarState | None = None
+        """What the output must match, and how far it has come; set before the first step."""
 
     @property
     def request_id(self) -> str:

@@ -18,6 +18,7 @@ from xllm.cache.peer_server import PeerServer
 from xllm.cache.tier import TierName
 from xllm.config import EngineConfig
 from xllm.engine.engine import Engine
+from xllm.engine.grammar import GrammarCompiler
 from xllm.engine.lower_tiers import LowerTiersFactory, check_memory, peer_layout
 from xllm.engine.runner import Runner
 from xllm.engine.weights import weight_files
@@ -94,5 +95,7 @@ def load_model(
     )
     check_memory(runner)
     factory = LowerTiersFactory(runner, observers, peer_id=peer_id, peer_trust=peer_trust)
-    engine = Engine(runner, factory, observers.get(TierName.DEVICE))
+    model = runner.model_config
+    grammars = GrammarCompiler.of_folder(folder, model.vocab_size, model.eos_token_ids)
+    engine = Engine(runner, factory, observers.get(TierName.DEVICE), grammars)
     return LoadedModel(folder, card, runner, engine, peer_trust)

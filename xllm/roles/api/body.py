@@ -10,8 +10,9 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from xllm.errors import BodyTooLarge, InvalidRequest
+from xllm.roles.api.base_model import ApiModel
 from xllm.roles.api.errors import from_validation
-from xllm.roles.api.requests import ApiModel
+from xllm.roles.api.requests import ChatCompletionRequest
 from xllm.roles.api.unsupported import refuse_unsupported
 
 _READ_TIMEOUT_S = 60.0
@@ -48,6 +49,11 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     return body
+
+
+def as_chat_request(fields: dict[str, Any]) -> ChatCompletionRequest:
+    """What another kind of request was translated to. Raises: InvalidRequest."""
+    return validate(ChatCompletionRequest, fields)
 
 
 def validate(model: type[M], body: dict[str, Any]) -> M:

@@ -17,6 +17,7 @@ from xllm.errors import InvalidRequest
 from xllm.protocol import ModelCard
 from xllm.roles.api.requests import MAX_SAMPLES, ChatRequest, CompletionRequest, Message, ToolCall
 from xllm.roles.api.sampling import check_vocabulary
+from xllm.roles.api.tool_prompt import spell_out_tools
 from xllm.tokenizer import Tokenizer
 
 _LONG_TEXT_CHARS = 1000
@@ -45,13 +46,19 @@ class PromptEncoder:
         variables: dict[str, Any] = {
             "add_generation_prompt": request.add_generation_prompt is not False
         }
+        tools = request.template_tools
+        if not tokenizer.template_mentions("tools"):
+            messages = spell_out_tools(messages, tools)
+        elif tools:
+            variables["tools"] = tools
         variables |= request.chat_template_kwargs or {}
 
         def encode() -> Prompt:
             text = tokenizer.apply_chat_template(messages, **variables)
             return Prompt(tokenizer.encode(text, add_special_tokens), text)
 
-        prompt = await self._run(encode, sum(len(message["content"]) for message in messages))
+        num_chars = sum(len(message["content"]) for message in messages) + len(str(tools))
+        prompt = await self.run(encode, num_chars)
         if not prompt.token_ids:
             raise InvalidRequest("the conversation renders to an empty prompt", param="messages")
         return prompt
@@ -93,9 +100,10 @@ class PromptEncoder:
         def encode() -> list[Prompt]:
             return [Prompt(tokenizer.encode(text, add_special_tokens), text) for text in texts]
 
-        return await self._run(encode, sum(map(len, texts)))
+        return await self.run(encode, sum(map(len, texts)))
 
-    async def _run(self, work: Callable[[], T], num_chars: int) -> T:
+    async def run(self, work: Callable[[], T], num_chars: int) -> T:
+        """Does something that takes about as long as encoding so many characters."""
         if num_chars < _LONG_TEXT_CHARS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)

@@ -55,6 +55,11 @@ class CallObject:
         """It is no such object."""
         return self._state is _State.FAILED
 
+    @property
+    def is_ready(self) -> bool:
+        """The name is known, and arguments have begun to come, or there are none."""
+        return self.name is not None and (self._has_arguments or self.is_done)
+
     def push(self, text: str) -> int:
         """How many characters were read: all, unless the object ends among them."""
         for count, char in enumerate(text):

@@ -67,28 +67,28 @@ class HermesReader(ToolReader):
         call = self._call
         assert call is not None
         count = call.push(text)
-        if call.has_failed:
-            return self._give_up(text, count, reading)
         if not self._is_begun:
             self._raw += text[:count]
-            if call.name is not None:
+            if call.is_ready:
+                assert call.name is not None
                 reading.calls.append(self._begin_call(call.name))
                 self._is_begun = True
         if self._is_begun and (arguments := call.take_arguments()):
             reading.calls.append(self._more(arguments))
+        if call.has_failed:
+            self._give_up(reading)
         if call.is_done:
             self._call = None
             self._is_closing = True
         return text[count:]
 
-    def _give_up(self, text: str, count: int, reading: Reading) -> str:
+    def _give_up(self, reading: Reading) -> None:
         """It is no call: shown as it is, unless the client knows of a call already."""
         self._call = None
         if self._is_begun:
             self._is_closing = True
         else:
-            reading.text += self._raw + text[:count]
-        return text[count:]
+            reading.text += self._raw
 
     def _read_close(self, text: str) -> str:
         """What else stands in front of the next tag is dropped."""

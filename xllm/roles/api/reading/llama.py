@@ -90,10 +90,12 @@ class LlamaReader(ToolReader):
         count = call.push(text)
         if not self._is_begun:
             self._held += text[:count]
-            if call.has_failed or (call.name is not None and call.name not in self.tool_names):
+            is_call = call.name is None or call.name in self.tool_names
+            if not is_call or (call.has_failed and not call.is_ready):
                 self._state = _State.TEXT
                 return text[count:]
-            if call.name is not None:
+            if call.is_ready:
+                assert call.name is not None
                 reading.calls.append(self._begin_call(call.name))
                 self._is_begun = True
                 self._held = ""

@@ -163,6 +163,7 @@ async def encode_prompt(
                 messages=body.messages,
                 chat_template_kwargs=body.chat_template_kwargs,
                 add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=None,
                 tools=None,
                 tool_choice=None,
                 parallel_tool_calls=None,

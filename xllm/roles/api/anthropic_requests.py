@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from xllm.errors import InvalidRequest
 from xllm.roles.api.base_model import ApiModel
@@ -114,6 +114,8 @@ class OutputConfig(ApiModel):
 class CountTokensRequest(ApiModel):
     """Body of /v1/messages/count_tokens."""
 
+    model_config = ConfigDict(extra="allow")
+
     model: str
     messages: list[InputMessage] = Field(min_length=1)
     system: Texts | None = None
@@ -123,7 +125,7 @@ class CountTokensRequest(ApiModel):
 
     def as_chat(self) -> ChatCompletionRequest:
         """The same conversation. Raises: InvalidRequest."""
-        return as_chat_request(self._chat_fields())
+        return as_chat_request(self._chat_fields(), self.model_extra)
 
     def _chat_fields(self) -> dict[str, Any]:
         if self.messages[-1].role != "user":

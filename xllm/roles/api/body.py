@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -51,9 +52,26 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def as_chat_request(fields: dict[str, Any]) -> ChatCompletionRequest:
-    """What another kind of request was translated to. Raises: InvalidRequest."""
-    return validate(ChatCompletionRequest, fields)
+_EXTRAS = frozenset(
+    {
+        *("top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+        *("skip_special_tokens", "chat_template_kwargs", "cache_salt", "priority"),
+        *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    }
+)
+"""Fields of our own and vLLM's that any kind of request may have."""
+
+
+def as_chat_request(
+    fields: dict[str, Any], extras: Mapping[str, Any] | None
+) -> ChatCompletionRequest:
+    """What another kind of request was translated to; `extras`: its fields that nobody there knew.
+
+    Raises: InvalidRequest.
+    """
+    known = {name: value for name, value in (extras or {}).items() if name in _EXTRAS}
+    return validate(ChatCompletionRequest, {**known, **fields})
 
 
 def validate(model: type[M], body: dict[str, Any]) -> M:

@@ -43,8 +43,14 @@ class PromptEncoder:
     ) -> Prompt:
         """Raises: InvalidRequest if the template refuses the messages, or nothing is left."""
         messages = [_template_message(i, message) for i, message in enumerate(request.messages)]
+        goes_on = bool(request.continue_final_message)
+        if goes_on and request.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other",
+                param="continue_final_message",
+            )
         variables: dict[str, Any] = {
-            "add_generation_prompt": request.add_generation_prompt is not False
+            "add_generation_prompt": request.add_generation_prompt is not False and not goes_on
         }
         tools = request.template_tools
         if not tokenizer.template_mentions("tools"):
@@ -55,6 +61,8 @@ class PromptEncoder:
 
         def encode() -> Prompt:
             text = tokenizer.apply_chat_template(messages, **variables)
+            if goes_on:
+                text = _up_to_end_of(messages[-1]["content"], text)
             return Prompt(tokenizer.encode(text, add_special_tokens), text)
 
         num_chars = sum(len(message["content"]) for message in messages) + len(str(tools))
@@ -107,6 +115,19 @@ class PromptEncoder:
         if num_chars < _LONG_TEXT_CHARS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def _up_to_end_of(content: str, prompt: str) -> str:
+    """`prompt` without what the template puts behind its last message. Raises: InvalidRequest."""
+    content = content.strip()
+    start = prompt.rfind(content) if content else -1
+    if start < 0:
+        raise InvalidRequest(
+            "continue_final_message: the last message is empty, or the model's chat template "
+            "does not show it as it is",
+            param="continue_final_message",
+        )
+    return prompt[: start + len(content)]
 
 
 def _template_message(index: int, message: Message) -> dict[str, Any]:

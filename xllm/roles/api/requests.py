@@ -220,6 +220,9 @@ class ChatRequest(ToolFields):
     messages: list[Message] = Field(min_length=1)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(
+        None, description="The answer goes on in the last message, rather than answers it."
+    )
 
 
 class ChatCompletionRequest(GenerationRequest, ChatRequest):

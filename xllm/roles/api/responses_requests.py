@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from xllm.errors import InvalidRequest
 from xllm.roles.api.base_model import ApiModel
@@ -126,6 +126,8 @@ class TextConfig(ApiModel):
 class ResponsesRequest(ApiModel):
     """Body of /v1/responses."""
 
+    model_config = ConfigDict(extra="allow")
+
     model: str | None = None
     input: Annotated[
         Annotated[str, Field(min_length=1), Tag("<text>")]
@@ -188,7 +190,7 @@ class ResponsesRequest(ApiModel):
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
         elif form:
             fields["response_format"] = {"type": form.type}
-        return as_chat_request(fields)
+        return as_chat_request(fields, self.model_extra)
 
     def _chat_messages(self) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []

@@ -39,7 +39,6 @@ _UNSUPPORTED: dict[str, _Harmless] = {
             "allowed_token_ids",
             "bad_words",
             "include_stop_str_in_output",
-            "continue_final_message",
             "chat_template",
             "documents",
         ),

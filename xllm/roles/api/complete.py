@@ -64,9 +64,10 @@ async def respond_streamed(
     try:
         while not answer.is_complete:
             parts = answer.advance(await generations.take(), generations)
-            events = [job.format.more(choice, part) for choice, part in parts]
+            events = []
             if stream.response is None:
-                events.insert(0, job.format.begin(len(answer.samples), answer.usage))
+                events.append(job.format.begin(len(answer.samples), answer.usage))
+            events += [job.format.more(choice, part) for choice, part in parts]
             if events:
                 await stream.send(b"".join(events))
     except RequestError as error:

@@ -46,11 +46,16 @@ class ChatTemplate:
             sources = {"default": source}
         else:
             sources = {entry["name"]: entry["template"] for entry in source or ()}
+        self._sources = list(sources.values())
         self._knows_developer = {name for name, text in sources.items() if "developer" in text}
         try:
             self._templates = {k: environment.from_string(v) for k, v in sources.items()}
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template does not compile: {error}") from error
+
+    def mentions(self, text: str) -> bool:
+        """Whether `text` stands in the template, or in one of several."""
+        return any(text in source for source in self._sources)
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """The prompt's text. With `tools` among the variables a template named tool_use wins.

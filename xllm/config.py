@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 DEFAULT_ETCD_ADDR = "127.0.0.1:2379"
 DEFAULT_NAMESPACE = "default"
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "pythonic")
+REASONING_PARSERS = ("qwen3", "deepseek-r1", "deepseek_r1")
+"""The last two are one: vLLM's spelling, and SGLang's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,12 @@ class ApiConfig:
     requests_per_minute: int = 0
     """Of each API key whose line does not say; 0: no limit. Likewise the next."""
     tokens_per_minute: int = 0
+    tool_call_parser: str = "auto"
+    """How models write calls of tools; auto: by their chat templates."""
+    reasoning_parser: str = "none"
+    """How models write what they think before they answer; none: it is part of the answer."""
+    cors_allow_origins: str = ""
+    """Comma-separated origins whose pages may use the API, or `*`; empty: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 from xllm.config import (
     DEFAULT_ETCD_ADDR,
+    REASONING_PARSERS,
+    TOOL_CALL_PARSERS,
     ApiConfig,
     EngineConfig,
     EtcdConfig,
@@ -34,6 +36,7 @@ from xllm.flag_types import (
     HOST,
     MODEL,
     NAME,
+    ORIGINS,
     SIZE,
     STORE_MASTER,
     STORE_METADATA,
@@ -199,6 +202,32 @@ BOTH_CONCERNS: tuple[Concern, ...] = (
                 "tokens_per_minute",
                 integer("TOKENS", 0, 10**12),
                 "Likewise, of prompts and answers together.",
+            ),
+        ),
+    ),
+    Concern(
+        "how answers are read, and who may read them",
+        (
+            Flag(
+                ApiConfig,
+                "tool_call_parser",
+                choice("auto", *TOOL_CALL_PARSERS),
+                "How models write calls of tools; auto goes by their chat templates.",
+            ),
+            Flag(
+                ApiConfig,
+                "reasoning_parser",
+                choice("none", *REASONING_PARSERS),
+                "How models write what they think before they answer: it becomes"
+                " reasoning_content.",
+            ),
+            Flag(
+                ApiConfig,
+                "cors_allow_origins",
+                ORIGINS,
+                "Whose pages may use the API in a browser: comma-separated origins such as"
+                " https://chat.example.org, or *.",
+                "none",
             ),
         ),
     ),

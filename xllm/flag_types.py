@@ -220,6 +220,18 @@ def _text(value: str) -> str:
 NAME = FlagType("NAME", _text)
 
 
+def _origins(value: str) -> str:
+    for origin in value.split(","):
+        url = urlsplit(origin)
+        is_origin = url.scheme and url.netloc and not (url.path or url.query or url.username)
+        if origin != "*" and not is_origin:
+            raise ValueError(f"{origin!r} must be * or an origin such as https://chat.example.org")
+    return value
+
+
+ORIGINS = FlagType("ORIGIN,...", _origins)
+
+
 def _path(value: str) -> str:
     if not value:
         raise ValueError("must not be empty")

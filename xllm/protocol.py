@@ -85,6 +85,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """None: no log-probabilities. N: the drawn token's and the N most likely."""
     prompt_logprobs: int | None = None
     """As `logprobs`, for each prompt token. Not None also means: no prefix-cache lookup."""
+    grammar: str = ""
+    """What the output must match, as llguidance takes it (Lark, or JSON that has grammars in it);
+    empty: anything. EOS is drawn only where the output is complete, and then ends the sample,
+    whatever `ignore_eos` and `min_tokens` say, if nothing else could follow."""
 
 
 class FetchRange(msgspec.Struct, frozen=True, array_like=True):

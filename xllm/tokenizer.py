@@ -137,6 +137,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    def template_mentions(self, text: str) -> bool:
+        """Whether `text` stands in the chat template."""
+        return self._chat_template is not None and self._chat_template.mentions(text)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; the names of special tokens in it become these tokens.
 
@@ -161,6 +165,10 @@ class Tokenizer:
         """
         template = self._chat_template or ChatTemplate(None)
         return template.render(messages, {**self._special_tokens, **kwargs})
+
+    def token_id(self, token: str) -> int | None:
+        """Of a token that is spelled so; None: there is none."""
+        return self._core.token_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The piece of one token, special ones spelled out; may hold a part of a character.
@@ -202,12 +210,16 @@ class IncrementalDecoder:
         *,
         at_start: bool = False,
         skip_special_tokens: bool = True,
+        kept_tokens: Iterable[str] = (),
     ) -> None:
-        """`at_start`: the tokens begin a text, rather than continue a prompt."""
+        """`at_start`: the tokens begin a text, rather than continue a prompt. `kept_tokens` are
+        not skipped, special or not."""
         self._pieces = tokenizer._pieces
         self._special_ids: frozenset[int] = (
             self._pieces.special_ids if skip_special_tokens else frozenset()
         )
+        if kept := {tokenizer.token_id(token) for token in kept_tokens}:
+            self._special_ids -= kept
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_space = at_start and self._pieces.starts_with_space
 

@@ -92,7 +92,7 @@ class StepBench:
         started = time.perf_counter()
         outputs = StepOutputs(plan, (), runner.model_config.vocab_size)
         batch = build_batch(plan, runner.block_size, runner.device, runner.staging)
-        sampled = runner.execute(batch, outputs.sampling)
+        sampled = runner.execute(batch, outputs.begin_sampling())
         seconds = time.perf_counter() - started
         assert not sampled.faulty_rows
         return seconds

@@ -27,6 +27,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -41,6 +42,7 @@ from xllm.cache.prefetch import PrefetchOutcome
 from xllm.cache.shared_books import SharedBooks
 from xllm.cache.tiers import Tiers
 from xllm.engine.batch import build_batch
+from xllm.engine.grammar import CompiledGrammar, GrammarCompiler, MaskWorker
 from xllm.engine.limits import check_request, scheduler_limits
 from xllm.engine.load_meter import LoadMeter
 from xllm.engine.outputs import StepOutputs
@@ -54,7 +56,7 @@ from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
 from xllm.engine.timeline import Timeline
 from xllm.engine.warm_up import warm_up_plans
-from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError, WorkerLost
+from xllm.errors import EngineFault, InvalidRequest, NoWorker, Overloaded, RequestError, WorkerLost
 from xllm.protocol import BlockHash, FetchRange, GenerateRequest, TokenDelta
 from xllm.tracing import OFF, Tracer
 
@@ -82,8 +84,10 @@ class Engine:
         runner: Runner,
         open_tiers: TiersFactory = lambda pool, root, on_ended: None,
         observer: BlockObserver | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """Takes the memory of all tiers, and blocks meanwhile. `observer`: of device blocks.
+        """Takes the memory of all tiers, and blocks meanwhile. `observer`: of device blocks;
+        `grammars`: None refuses requests that have one.
 
         Raises: ConfigError.
         """
@@ -113,6 +117,8 @@ class Engine:
         )
         """For functions given to `call`."""
         self._runner = runner
+        self._grammars = grammars
+        self._masks = MaskWorker()
         self._cost = StepCost()
         self._eos_token_ids = runner.model_config.eos_token_ids
         self._scheduler = Scheduler(self.kv_cache, limits, self._eos_token_ids, self._cost)
@@ -163,6 +169,8 @@ class Engine:
         Raises: InvalidRequest, Overloaded.
         """
         check_request(request, self.max_model_len, self.vocab_size)
+        if request.sampling.grammar and self._grammars is None:
+            raise InvalidRequest("this worker takes no grammars", param="grammar")
         if self._closed is None or self._closed.done():
             raise NoWorker("the engine of this worker is not running")
         if len(self._handles) >= MAX_OPEN_REQUESTS:
@@ -181,8 +189,20 @@ class Engine:
         if self.tracer.is_on:
             handle.span = start_trace(self.tracer, request, timeline)
         self._handles.add(handle)
-        self._commands.put(lambda: self._begin(handle))
+        if request.sampling.grammar:
+            self._compile(handle)
+        else:
+            self._commands.put(lambda: self._begin(handle))
         return handle
+
+    def _compile(self, handle: RunningRequest) -> None:
+        """Begins the request when its grammar is compiled, or ends it with an error."""
+
+        def begin(compiled: Future[CompiledGrammar]) -> None:
+            self._commands.put(lambda: self._begin_under(handle, compiled))
+
+        assert self._grammars is not None
+        self._grammars.submit(handle.request.sampling.grammar).add_done_callback(begin)
 
     async def call(self, function: Callable[[], T]) -> T:
         """What `function` returns on the engine's thread, between two steps: it may use the cache.
@@ -305,6 +325,9 @@ class Engine:
                 self._scheduler.abort_all()
                 self.kv_cache.cancel_prefetches()
                 self.tiers.close(FLUSH_S)
+        self._masks.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self._post(lambda: self._set_closed(error))
 
     def _take_commands(self, *, may_sleep: bool) -> None:
@@ -325,12 +348,30 @@ class Engine:
         with self.books.pause():
             return self._commands.get(timeout=timeout_s)
 
-    def _begin(self, handle: RunningRequest) -> None:
+    def _begin_under(self, handle: RunningRequest, compiled: Future[CompiledGrammar]) -> None:
+        if compiled.cancelled():  # the engine stops
+            return
+        error = compiled.exception()
+        if error is None:
+            self._begin(handle, compiled.result())
+            return
+        if not isinstance(error, RequestError):
+            logger.error("grammar_failed request_id=%s", handle.request.request_id, exc_info=error)
+            error = EngineFault("the grammar could not be compiled")
+        self._outbox.append((handle, error))
+
+    def _begin(self, handle: RunningRequest, grammar: CompiledGrammar | None = None) -> None:
+        if handle.listener is None:  # cancelled while its grammar was compiled
+            return
         request = handle.request
-        first, *children = (
+        sequences = [
             Sequence(request, index, handle.timeline.submitted_at)
             for index in range(request.index, request.index + request.n)
-        )
+        ]
+        if grammar is not None:
+            for seq in sequences:
+                seq.grammar = grammar.new_state(seq.output_ids)
+        first, *children = sequences
         first.children = children
         for seq in (first, *children):
             seq.loads = handle.timeline.loads
@@ -367,7 +408,7 @@ class Engine:
         self._observe_begun(plan)
         work = plan.work
         started = time.perf_counter()
-        outputs = StepOutputs(plan, self._eos_token_ids, self.vocab_size)
+        outputs = StepOutputs(plan, self._eos_token_ids, self.vocab_size, self._masks.begin)
         try:
             sampled = self._execute(plan, outputs)
         except Exception:
@@ -383,7 +424,10 @@ class Engine:
             if advance.seq not in faulty:
                 self._emit(outputs.delta(advance, sampled), advance.seq)
         for seq in faulty:
-            self._fail_request(seq.group, EngineFault("the model's logits are not finite"))
+            reason = seq.grammar.error if seq.grammar is not None else ""
+            self._fail_request(
+                seq.group, EngineFault(reason or "the model's logits are not finite")
+            )
         seconds = time.perf_counter() - started
         self._cost.observe(work, seconds)
         self._counters.count(plan, seconds)
@@ -414,9 +458,13 @@ class Engine:
         runner = self._runner
         if plan.copies:
             runner.copy_blocks(plan.copies)
+        sampling = outputs.begin_sampling()
         batch = build_batch(plan, self.kv_cache.block_size, runner.device, runner.staging)
-        with self.books.pause():
-            return runner.execute(batch, outputs.sampling)
+        try:
+            with self.books.pause():
+                return runner.execute(batch, sampling)
+        finally:
+            sampling.wait()  # where the runner has failed: nobody may touch the states before
 
     def _fail(self, plan: StepPlan) -> None:
         """After a step that raised: nobody knows what its blocks hold, so nobody may use them."""

@@ -6,19 +6,31 @@ draws, one per sample; the same order as `build_batch` gives to `Batch.logits_in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
+from xllm.engine.grammar import MaskWork
 from xllm.engine.request import Sequence
 from xllm.engine.sampler import Draw, SampledTokens, SamplingBatch, Score, TokenHistory
 from xllm.engine.scheduler import Advance, ScheduledSequence, StepPlan
 from xllm.protocol import TokenDelta
 
+BeginMasks = Callable[[list[MaskWork]], Future[None]]
+
 
 class StepOutputs:
     """What one step asks of the sampler; then, given the answer, tokens and deltas."""
 
-    def __init__(self, plan: StepPlan, eos_token_ids: Iterable[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        eos_token_ids: Iterable[int],
+        vocab_size: int,
+        begin_masks: BeginMasks | None = None,
+    ) -> None:
+        """begin_masks: `MaskWorker.begin`; None where no sequence has a grammar."""
         self._plan = plan
+        self._begin_masks = begin_masks
         self._eos_token_ids = frozenset(eos_token_ids)
         self._vocab_size = vocab_size
         self._draw_rows: list[int] = []
@@ -26,16 +38,24 @@ class StepOutputs:
         for item in plan.scheduled:
             self._add(item)
 
-    @property
-    def sampling(self) -> SamplingBatch:
-        return SamplingBatch(self._rows)
+    def begin_sampling(self) -> SamplingBatch:
+        """Begins to compute masks, where grammars want some."""
+        work: list[MaskWork] = [
+            (row.grammar, row.suppressed)
+            for row in self._rows
+            if isinstance(row, Draw) and row.grammar is not None
+        ]
+        if not work:
+            return SamplingBatch(self._rows)
+        assert self._begin_masks is not None
+        return SamplingBatch(self._rows, self._begin_masks(work))
 
     def drawn(self, sampled: SampledTokens) -> list[int]:
         """The drawn tokens in the order that `Scheduler.complete` takes them."""
         return [sampled.token_ids[row] for row in self._draw_rows]
 
     def faulty(self, sampled: SampledTokens) -> list[Sequence]:
-        """Sequences whose logits were not finite."""
+        """Sequences whose logits were not finite, or whose grammars went wrong."""
         if not sampled.faulty_rows:
             return []
         found, row = [], 0
@@ -55,7 +75,7 @@ class StepOutputs:
             row += num_scores + item.num_samples
 
     def delta(self, advance: Advance, sampled: SampledTokens) -> TokenDelta:
-        """The message for one sample; also tells its penalties what was drawn."""
+        """The message for one sample; also tells its penalties and its grammar what was drawn."""
         seq = advance.seq
         logprobs = None
         if advance.sample is not None:
@@ -63,6 +83,8 @@ class StepOutputs:
             logprobs = [logprob] if logprob is not None else None
             if seq.history is not None:
                 seq.history.append(advance.token_ids[0])
+            if seq.grammar is not None:
+                seq.grammar.append(advance.token_ids[0])
         is_first = advance.offset == len(seq.group.output_ids)
         cached = seq.cached_tokens or {}
         return TokenDelta(
@@ -97,4 +119,4 @@ class StepOutputs:
             suppressed = [*self._eos_token_ids, *sampling.stop_token_ids]
         if seq.history is None and TokenHistory.is_needed(sampling):
             seq.history = TokenHistory(self._vocab_size, seq.group.prompt_ids, seq.output_ids)
-        return Draw(sampling, seq.index, position, suppressed, seq.history)
+        return Draw(sampling, seq.index, position, suppressed, seq.history, seq.grammar)

@@ -34,6 +34,7 @@ from xllm.protocol import (
 if TYPE_CHECKING:
     from xllm.cache.loads import LoadSpan, LoadTicket
     from xllm.cache.store_tier import StoreQuestion
+    from xllm.engine.grammar import GrammarState
     from xllm.engine.sampler import TokenHistory
 
 
@@ -55,6 +56,7 @@ class Sequence:
         "cached_tokens",
         "children",
         "finish_reason",
+        "grammar",
         "group",
         "history",
         "index",
@@ -115,6 +117,8 @@ class Sequence:
         """Of the prompt tokens scored so far, where they are wanted; the first has none."""
         self.history: TokenHistory | None = None
         """Where a penalty needs it; made at the first draw."""
+        self.grammar: GrammarState | None = None
+        """What the output must match, and how far it has come; set before the first step."""
 
     @property
     def request_id(self) -> str:

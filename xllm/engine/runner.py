@@ -116,6 +116,7 @@ class Runner:
         hidden = self._decoder.forward(batch, self._cache)
         rows_per_slice = max(1, _MAX_LOGITS_BYTES // (4 * self.model_config.vocab_size))
         token_ids, logprobs, faulty = [], [], set[int]()
+        sampling.wait()
         for start in range(0, len(sampling.rows), rows_per_slice):
             end = start + rows_per_slice
             part = SamplingBatch(sampling.rows[start:end])

@@ -23,12 +23,14 @@ Log-probabilities are those of the model: before penalties, bias and temperature
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from xllm.engine.grammar import GrammarState
 from xllm.protocol import SamplingParams, TokenLogprob
 
 GREEDY_TEMPERATURE = 1e-5
@@ -107,6 +109,8 @@ class Draw:
     """Tokens that must not be drawn: EOS and stop ids below `min_tokens`."""
     history: TokenHistory | None = None
     """Given where `TokenHistory.is_needed`."""
+    grammar: GrammarState | None = None
+    """Its `forbidden` tokens are not drawn: what is `suppressed` is among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,12 @@ class SamplingBatch:
     """What to do with each row of logits: one entry per entry of `Batch.logits_indices`."""
 
     rows: Sequence[Draw | Score]
+    masks: Future[None] | None = None
+    """To be waited for before the rows are sampled, where some have grammars."""
+
+    def wait(self) -> None:
+        if self.masks is not None:
+            self.masks.result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +143,8 @@ class SampledTokens:
     logprobs: list[TokenLogprob | None]
     """None where they were not asked for."""
     faulty_rows: frozenset[int] = field(default_factory=frozenset)
-    """Rows whose logits were not finite; their token id means nothing."""
+    """Rows whose logits were not finite, or whose grammar allows nothing; their token id means
+    nothing."""
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
@@ -189,7 +200,10 @@ def _adjust(logits: torch.Tensor, entry: Draw) -> None:
         token_ids = torch.tensor(list(entry.params.logit_bias), device=logits.device)
         bias = torch.tensor(list(entry.params.logit_bias.values()), device=logits.device)
         logits.index_add_(0, token_ids, bias.to(logits.dtype))
-    if entry.suppressed:
+    if entry.grammar is not None:
+        forbidden = torch.from_numpy(entry.grammar.forbidden).to(logits.device)
+        logits.masked_fill_(forbidden, -torch.inf)
+    elif entry.suppressed:
         logits[list(entry.suppressed)] = -torch.inf
 
 

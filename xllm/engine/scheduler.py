@@ -332,10 +332,11 @@ class Scheduler:
         advance = Advance(seq, seq.num_output_tokens, [token_id], sample)
         seq.token_ids.append(token_id)
         sampling = seq.sampling
-        is_stop = token_id in sampling.stop_token_ids or (
-            token_id in self._eos_token_ids and not sampling.ignore_eos
-        )
-        if is_stop and seq.num_output_tokens >= sampling.min_tokens:
+        is_eos = token_id in self._eos_token_ids
+        is_stop = token_id in sampling.stop_token_ids or (is_eos and not sampling.ignore_eos)
+        # A grammar lets EOS be drawn only where its text is complete; nothing can follow it.
+        is_complete = is_eos and bool(sampling.grammar)
+        if is_complete or (is_stop and seq.num_output_tokens >= sampling.min_tokens):
             seq.finish_reason = FinishReason.STOP
             advance.stop_token_id = token_id
         elif (

@@ -82,6 +82,11 @@ def run_top(client: OperatorClient, console: Console, period_s: float) -> None:
             live.update(screen.render(), refresh=True)
 
 
+def _no_keys(timeout_s: float) -> bytes:
+    time.sleep(timeout_s)
+    return b""
+
+
 @contextlib.contextmanager
 def _keys(fd: int) -> Iterator[Callable[[float], bytes]]:
     """A function that waits so many seconds for a key, and returns it or nothing."""
@@ -91,7 +96,7 @@ def _keys(fd: int) -> Iterator[Callable[[float], bytes]]:
         return os.read(fd, 1) if ready else b""
 
     if not os.isatty(fd):
-        yield lambda timeout_s: time.sleep(timeout_s) or b""
+        yield _no_keys
         return
     before = termios.tcgetattr(fd)
     tty.setcbreak(fd)

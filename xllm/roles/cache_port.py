@@ -18,11 +18,12 @@ from xllm.cache.admin import PrefixLookup
 from xllm.cache.tier import TierName
 from xllm.errors import NoWorker, RequestError
 from xllm.protocol import BlockHash, ModelCard
+from xllm.roles.api.base_model import ApiModel
 from xllm.roles.api.body import read_json, validate
 from xllm.roles.api.errors import error_response
 from xllm.roles.api.info import json_response
 from xllm.roles.api.prompts import PromptEncoder
-from xllm.roles.api.requests import ApiModel, ChatRequest, Message, Text, TokenIds
+from xllm.roles.api.requests import ChatRequest, Message, Text, TokenIds
 from xllm.roles.api.sampling import check_vocabulary
 from xllm.security.secret import ClusterSecret
 from xllm.tokenizer import Tokenizer
@@ -167,6 +168,10 @@ async def encode_prompt(
                 messages=body.messages,
                 chat_template_kwargs=body.chat_template_kwargs,
                 add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=None,
+                tools=None,
+                tool_choice=None,
+                parallel_tool_calls=None,
             )
             return (await encoder.chat(chat, tokenizer)).token_ids
         assert body.text is not None

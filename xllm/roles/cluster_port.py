@@ -38,9 +38,9 @@ from xllm.protocol import (
     WorkerId,
     WorkerInfo,
 )
+from xllm.roles.api.base_model import ApiModel
 from xllm.roles.api.body import read_json, validate
 from xllm.roles.api.info import json_response, select_model
-from xllm.roles.api.requests import ApiModel
 from xllm.roles.cache_port import MAX_TTL_S, PromptBody, answering_errors, encode_prompt
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.command_desk import CommandDesk

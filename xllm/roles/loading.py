@@ -19,6 +19,7 @@ from xllm.cache.store_process import StoreAddress
 from xllm.cache.tier import TierName
 from xllm.config import EngineConfig, StoreConfig
 from xllm.engine.engine import Engine
+from xllm.engine.grammar import GrammarCompiler
 from xllm.engine.lower_tiers import LowerTiersFactory, check_memory, peer_layout
 from xllm.engine.runner import Runner
 from xllm.engine.weights import weight_files
@@ -107,7 +108,9 @@ def load_model(
     factory = LowerTiersFactory(
         runner, observers, peer_id=peer_id, peer_trust=peer_trust, store=store
     )
-    engine = Engine(runner, factory, observers.get(TierName.DEVICE))
+    model = runner.model_config
+    grammars = GrammarCompiler.of_folder(folder, model.vocab_size, model.eos_token_ids)
+    engine = Engine(runner, factory, observers.get(TierName.DEVICE), grammars)
     return LoadedModel(folder, card, runner, engine, peer_trust)
 
 

@@ -17,6 +17,7 @@ from aiohttp.typedefs import Handler, Middleware
 from xllm.config import ApiConfig
 from xllm.errors import EngineFault, InvalidRequest, RequestError
 from xllm.roles.api.auth import Authenticator
+from xllm.roles.api.cors import Cors
 from xllm.roles.api.errors import error_response, http_error_response
 from xllm.roles.api.handlers import CALL, Call, GenerationHandlers
 from xllm.roles.api.info import InfoHandlers, json_response
@@ -50,7 +51,10 @@ def build_app(
 
     While `is_leaving`, it serves on, but says that it is not healthy and keeps no connection.
     """
+    cors = Cors(config.cors_allow_origins)
     middlewares = [_answer_errors(metrics, tracer)]
+    if config.cors_allow_origins:
+        middlewares.append(cors.middleware)
     if authenticator is not None:
         middlewares.append(authenticator.middleware)
     app = web.Application(client_max_size=config.max_body_size, middlewares=middlewares)
@@ -62,6 +66,7 @@ def build_app(
 
     app.cleanup_ctx.append(own_executor)
     app.on_response_prepare.append(_add_headers)
+    app.on_response_prepare.append(cors.add_headers)
 
     async def close_connection(request: web.Request, response: web.StreamResponse) -> None:
         if is_leaving():
@@ -81,6 +86,9 @@ def build_app(
         [
             web.post("/v1/chat/completions", generate.chat_completions),
             web.post("/v1/completions", generate.completions),
+            web.post("/v1/responses", generate.responses),
+            web.post("/v1/messages", generate.messages),
+            web.post("/v1/messages/count_tokens", generate.count_tokens),
             web.get("/v1/models", info.models),
             web.get("/v1/models/{model:.+}", info.model),
             web.post("/tokenize", info.tokenize),
@@ -135,7 +143,7 @@ def _answer_errors(metrics: Metrics, tracer: Tracer) -> Middleware:
                     "request_failed request_id=%s label=%s message=%r",
                     *(call.request_id, error.label, error.message),
                 )
-            return error_response(error)
+            return error_response(error, request.path)
         except web.HTTPException as error:
             metrics.request_errors.labels(InvalidRequest.label).inc()
             return http_error_response(error, request.method, request.path)

@@ -81,10 +81,17 @@ class Authenticator:
         async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
             if request.path in _OPEN_PATHS:
                 return await handler(request)
-            limiter = self._keys.authenticate(request.headers.get("Authorization"))
+            limiter = self._keys.authenticate(_authorization(request))
             caller = request[CALLER] = Caller(limiter, self._secret, self._clock)
             if request.method == "POST":
                 caller.take_request()
             return await handler(request)
 
         return authenticate
+
+
+def _authorization(request: web.Request) -> str | None:
+    """The header, or what Anthropic's clients send in its place."""
+    if (key := request.headers.get("x-api-key")) is not None:
+        return request.headers.get("Authorization", f"Bearer {key}")
+    return request.headers.get("Authorization")

@@ -6,6 +6,7 @@ Between two steps of a long body the event loop gets on with other requests.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -14,8 +15,9 @@ from pydantic import ValidationError
 
 from xllm.errors import BodyTooLarge, InvalidRequest
 from xllm.roles.api import long_json
+from xllm.roles.api.base_model import ApiModel
 from xllm.roles.api.errors import from_validation
-from xllm.roles.api.requests import ApiModel
+from xllm.roles.api.requests import ChatCompletionRequest
 from xllm.roles.api.unsupported import refuse_unsupported
 
 _READ_TIMEOUT_S = 60.0
@@ -67,6 +69,28 @@ def _object(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     return body
+
+
+_EXTRAS = frozenset(
+    {
+        *("top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+        *("skip_special_tokens", "chat_template_kwargs", "cache_salt", "priority"),
+        *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    }
+)
+"""Fields of our own and vLLM's that any kind of request may have."""
+
+
+def as_chat_request(
+    fields: dict[str, Any], extras: Mapping[str, Any] | None
+) -> ChatCompletionRequest:
+    """What another kind of request was translated to; `extras`: its fields that nobody there knew.
+
+    Raises: InvalidRequest.
+    """
+    known = {name: value for name, value in (extras or {}).items() if name in _EXTRAS}
+    return validate(ChatCompletionRequest, {**known, **fields})
 
 
 def validate(model: type[M], body: dict[str, Any]) -> M:

@@ -14,12 +14,13 @@ from aiohttp import web
 
 from xllm.errors import RequestError, WorkerLost
 from xllm.protocol import TIER_NAMES, FinishReason, GenerateRequest, TokenDelta
-from xllm.roles.api.errors import error_object
 from xllm.roles.api.format import Format, Usage
 from xllm.roles.api.generations import Generations
 from xllm.roles.api.prompts import Prompt
+from xllm.roles.api.reading.calls import join_calls
+from xllm.roles.api.reading.chat_reader import ChatReader
 from xllm.roles.api.sample import Part, Sample, TextOptions
-from xllm.roles.api.sse import DONE, EventStream, event
+from xllm.roles.api.sse import EventStream
 from xllm.telemetry import Metrics
 from xllm.tokenizer import Tokenizer
 from xllm.tracing import NO_SPAN, Span
@@ -35,7 +36,8 @@ class Job:
     text_options: TextOptions
     echo: bool
     format: Format
-    include_usage: bool
+    new_reader: Callable[[], ChatReader] | None = None
+    """For each sample of a chat."""
     received_at: float
     """`time.monotonic()` when the HTTP request came in."""
     take_output: Callable[[int], None] = lambda num_tokens: None
@@ -62,26 +64,23 @@ async def respond_streamed(
     """Raises: RequestError before the first token; a later one is an event, without a `[DONE]`."""
     answer = _Answer(job, metrics)
     stream = EventStream(request)
-    opening = b"".join(map(event, job.format.opening(len(answer.samples))))
     try:
         while not answer.is_complete:
-            events = [
-                event(chunk)
-                for choice, part in answer.advance(await generations.take(), generations)
-                for chunk in job.format.chunks(choice, part)
-            ]
-            if events or opening:
-                await stream.send(opening + b"".join(events))
-                opening = b""
+            parts = answer.advance(await generations.take(), generations)
+            events = []
+            if stream.response is None:
+                events.append(job.format.begin(len(answer.samples), answer.usage))
+            events += [job.format.more(choice, part) for choice, part in parts]
+            if events:
+                await stream.send(b"".join(events))
     except RequestError as error:
         if stream.response is None:
             raise
         metrics.request_errors.labels(error.label).inc()
-        await stream.send(event(error_object(error)))
+        await stream.send(job.format.fail(error))
         return await stream.close()
     answer.observe_end()
-    ending = event(job.format.usage_chunk(answer.usage)) if job.include_usage else b""
-    await stream.send(ending + DONE)
+    await stream.send(job.format.end(answer.usage))
     return await stream.close()
 
 
@@ -92,6 +91,8 @@ class _Answer:
         self._job = job
         self._metrics = metrics
         self.samples: list[Sample] = []
+        self._readers: list[ChatReader] = []
+        """One per sample, or none."""
         self._first: list[int] = []
         """Per request: the number of its first sample."""
         self._cached_tokens = [0] * len(job.requests)
@@ -99,6 +100,8 @@ class _Answer:
         for request, prompt in zip(job.requests, job.prompts, strict=True):
             self._first.append(len(self.samples))
             self.samples += [self._new_sample(prompt) for _ in range(request.n)]
+            if job.new_reader is not None:
+                self._readers += [job.new_reader() for _ in range(request.n)]
         self._num_unfinished = len(self.samples)
         self._first_token_at: list[float | None] = [None] * len(self.samples)
         self._last_token_at: list[float | None] = [None] * len(self.samples)
@@ -152,6 +155,8 @@ class _Answer:
                 self._metrics.request_success.labels(part.finish_reason).inc()
                 if self._is_request_finished(number):
                     generations.cancel(number)
+            if self._readers:
+                part = self._readers[choice].read(part)
             if part:
                 parts.append((choice, part))
         return parts
@@ -208,4 +213,7 @@ def _join(parts: Sequence[Part]) -> Part:
         text="".join([part.text for part in parts]),
         scores=[score for part in parts for score in part.scores],
         finish_reason=parts[-1].finish_reason,
+        thoughts="".join([part.thoughts for part in parts]),
+        calls=join_calls([call for part in parts for call in part.calls]),
+        stop=parts[-1].stop,
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from xllm.roles.api.format import Format
+from xllm.roles.api.format import ChunkFormat
 from xllm.roles.api.logprobs import completion_logprobs
 from xllm.roles.api.sample import Part
 
 
-class CompletionFormat(Format):
+class CompletionFormat(ChunkFormat):
     kind = chunk_kind = "text_completion"
 
     def opening(self, num_choices: int) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """How a failure looks to a client: OpenAI's error object, with its HTTP status.
 
 {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+
+Under /v1/messages it is Anthropic's: {"type": "error", "error": {"type": ..., "message": ...}}.
 """
 
 from __future__ import annotations
@@ -14,6 +16,15 @@ from pydantic import ValidationError
 
 from xllm.errors import InvalidRequest, RateLimited, RequestError, Unauthorized, UnknownModel
 
+_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_ERRORS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _DEFAULT_RETRY_AFTER_S = 1
 _MAX_SHOWN_INPUT = 80
 
@@ -30,20 +41,38 @@ def error_object(error: RequestError) -> dict[str, Any]:
     return body
 
 
-def error_response(error: RequestError) -> web.Response:
+def anthropic_error_object(error: RequestError) -> dict[str, Any]:
+    return _anthropic_error_object(error.http_status, error.message)
+
+
+def _anthropic_error_object(status: int, message: str) -> dict[str, Any]:
+    kind = _ANTHROPIC_ERRORS.get(status)
+    if kind is None:
+        kind = "invalid_request_error" if status < 500 else "api_error"
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def error_response(error: RequestError, path: str = "") -> web.Response:
+    """In the form that clients of the endpoint at `path` expect."""
     headers = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if error.retryable:
         headers["Retry-After"] = str(error.retry_after_s or _DEFAULT_RETRY_AFTER_S)
-    return _json_response(error_object(error), error.http_status, headers)
+    is_anthropic = path.startswith(_ANTHROPIC_PATH)
+    body = anthropic_error_object(error) if is_anthropic else error_object(error)
+    return _json_response(body, error.http_status, headers)
 
 
 def http_error_response(error: web.HTTPException, method: str, path: str) -> web.Response:
     """For what aiohttp refuses by itself: an unknown path, a wrong method."""
     headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
     message = f"{error.reason}: {method} {path}"
-    return _json_response(_error_object(error.status, message, None, None), error.status, headers)
+    if path.startswith(_ANTHROPIC_PATH):
+        body = _anthropic_error_object(error.status, message)
+    else:
+        body = _error_object(error.status, message, None, None)
+    return _json_response(body, error.status, headers)
 
 
 def from_validation(error: ValidationError) -> InvalidRequest:

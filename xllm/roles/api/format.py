@@ -1,4 +1,4 @@
-"""What the two endpoints have in common when they put text into objects."""
+"""What endpoints have in common when they put text into objects, and these into a stream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from xllm.errors import RequestError
+from xllm.roles.api.errors import error_object
 from xllm.roles.api.sample import Part
+from xllm.roles.api.sse import DONE, event
 from xllm.tokenizer import Tokenizer
 
 
@@ -33,12 +36,10 @@ class Usage:
 
 
 class Format(ABC):
-    """One endpoint's objects. Plain dicts, since each token makes one."""
+    """One answer of one endpoint. Plain dicts, since each token makes one.
 
-    kind: ClassVar[str]
-    """`object` of a whole answer."""
-    chunk_kind: ClassVar[str]
-    """`object` of a chunk."""
+    Either `response`, or `begin`, `more` as often as there is something, and `end` or `fail`.
+    """
 
     def __init__(
         self,
@@ -52,9 +53,37 @@ class Format(ABC):
     ) -> None:
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
+        self._include_usage = include_usage
         self._head = {"id": response_id, "created": created, "model": model}
-        # Where usage was asked for, every chunk but the last says null.
-        self._tail = {"usage": None} if include_usage else {}
+
+    @abstractmethod
+    def begin(self, num_choices: int, usage: Usage) -> bytes:
+        """What a stream begins with, as of the first token."""
+
+    @abstractmethod
+    def more(self, index: int, part: Part) -> bytes:
+        """Events for what the choice at `index` got."""
+
+    @abstractmethod
+    def end(self, usage: Usage) -> bytes:
+        """What a stream ends with, when all its choices have ended."""
+
+    @abstractmethod
+    def fail(self, error: RequestError) -> bytes:
+        """What a stream ends with that cannot go on."""
+
+    @abstractmethod
+    def response(self, parts: Sequence[Part], usage: Usage) -> dict[str, Any]:
+        """The whole answer; each part has a finish_reason."""
+
+
+class ChunkFormat(Format):
+    """OpenAI's older endpoints: a stream of chunks that look like each other."""
+
+    kind: ClassVar[str]
+    """`object` of a whole answer."""
+    chunk_kind: ClassVar[str]
+    """`object` of a chunk."""
 
     @abstractmethod
     def opening(self, num_choices: int) -> list[dict[str, Any]]:
@@ -68,17 +97,20 @@ class Format(ABC):
     def choice(self, index: int, part: Part) -> dict[str, Any]:
         """One choice of a whole answer."""
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The last chunk, where it was asked for."""
-        return {
-            **self._head,
-            "object": self.chunk_kind,
-            "choices": [],
-            "usage": usage.as_dict(),
-        }
+    def begin(self, num_choices: int, usage: Usage) -> bytes:
+        return b"".join(map(event, self.opening(num_choices)))
+
+    def more(self, index: int, part: Part) -> bytes:
+        return b"".join(map(event, self.chunks(index, part)))
+
+    def end(self, usage: Usage) -> bytes:
+        return (event(self._usage_chunk(usage)) if self._include_usage else b"") + DONE
+
+    def fail(self, error: RequestError) -> bytes:
+        """Without a `[DONE]`."""
+        return event(error_object(error))
 
     def response(self, parts: Sequence[Part], usage: Usage) -> dict[str, Any]:
-        """The whole answer; each part has a finish_reason."""
         return {
             **self._head,
             "object": self.kind,
@@ -86,5 +118,15 @@ class Format(ABC):
             "usage": usage.as_dict(),
         }
 
+    def _usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        return {
+            **self._head,
+            "object": self.chunk_kind,
+            "choices": [],
+            "usage": usage.as_dict(),
+        }
+
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_kind, "choices": [choice], **self._tail}
+        # Where usage was asked for, every chunk but the last says null.
+        tail = {"usage": None} if self._include_usage else {}
+        return {**self._head, "object": self.chunk_kind, "choices": [choice], **tail}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
 from xllm.config import ApiConfig
 from xllm.errors import Overloaded
 from xllm.protocol import GenerateRequest, ModelCard
+from xllm.roles.api.anthropic_messages import MessagesFormat
+from xllm.roles.api.anthropic_requests import CountTokensRequest, MessagesRequest
 from xllm.roles.api.auth import ANYBODY, CALLER, Caller
 from xllm.roles.api.body import read_json, validate
 from xllm.roles.api.chat import ChatFormat
@@ -20,9 +23,12 @@ from xllm.roles.api.complete import Job, respond_streamed, respond_whole
 from xllm.roles.api.completions import CompletionFormat
 from xllm.roles.api.format import Format
 from xllm.roles.api.generations import Generations
-from xllm.roles.api.info import select_model
+from xllm.roles.api.info import json_response, select_model
 from xllm.roles.api.prompts import Prompt, PromptEncoder
+from xllm.roles.api.reading.plan import ReadingPlan, plan_reading
 from xllm.roles.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from xllm.roles.api.responses_format import ResponsesFormat
+from xllm.roles.api.responses_requests import ResponsesRequest
 from xllm.roles.api.sample import TextOptions
 from xllm.roles.api.sampling import choose_seed, sampling_params
 from xllm.roles.backend import Backend
@@ -42,6 +48,11 @@ class Call:
     span: Span = NO_SPAN
 
 
+NewFormat = Callable[..., Format]
+"""Takes what `Format` takes."""
+_MANY_CHARS = 1 << 20
+"""Work on schemas is not done between other requests' tokens."""
+
 CALL = web.RequestKey("call", Call)
 
 
@@ -59,20 +70,62 @@ class GenerationHandlers:
         with self._admit():
             body = validate(ChatCompletionRequest, await self._read(request))
             card, tokenizer = await self._model(body)
-            prompts = [await self._encoder.chat(body, tokenizer)]
             response_id = f"chatcmpl-{uuid.uuid4().hex}"
-            return await self._respond(
-                request, body, card, tokenizer, prompts, ChatFormat, response_id
-            )
+            return await self._chat(request, body, card, tokenizer, ChatFormat, response_id)
+
+    async def _chat(
+        self,
+        request: web.Request,
+        body: ChatCompletionRequest,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        new_format: NewFormat,
+        response_id: str,
+    ) -> web.StreamResponse:
+        prompt = await self._encoder.chat(body, tokenizer)
+        num_chars = _MANY_CHARS if body.wants_form or body.tools else 0
+        plan = await self._encoder.run(
+            lambda: plan_reading(body, prompt, tokenizer, self._config), num_chars
+        )
+        return await self._respond(
+            request, body, card, tokenizer, [prompt], new_format, response_id, plan
+        )
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """OpenAI's newer endpoint, as a chat."""
+        with self._admit():
+            body = validate(ResponsesRequest, await self._read(request))
+            chat = body.as_chat()
+            card, tokenizer = await self._model(chat)
+            new_format = partial(ResponsesFormat, request=body)
+            response_id = f"resp_{uuid.uuid4().hex}"
+            return await self._chat(request, chat, card, tokenizer, new_format, response_id)
+
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        """Anthropic's endpoint, as a chat."""
+        with self._admit():
+            chat = validate(MessagesRequest, await self._read(request)).as_chat()
+            card, tokenizer = await self._model(chat)
+            response_id = f"msg_{uuid.uuid4().hex}"
+            return await self._chat(request, chat, card, tokenizer, MessagesFormat, response_id)
+
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        chat = validate(CountTokensRequest, await self._read(request)).as_chat()
+        _, tokenizer = await self._model(chat)
+        prompt = await self._encoder.chat(chat, tokenizer)
+        return json_response({"input_tokens": len(prompt.token_ids)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         with self._admit():
             body = validate(CompletionRequest, await self._read(request))
             card, tokenizer = await self._model(body)
             prompts = await self._encoder.completion(body, tokenizer, card)
+            num_chars = _MANY_CHARS if body.wants_form else 0
+            grammar = await self._encoder.run(lambda: body.answer_grammar() or "", num_chars)
+            plan = ReadingPlan(grammar=grammar)
             response_id = f"cmpl-{uuid.uuid4().hex}"
             return await self._respond(
-                request, body, card, tokenizer, prompts, CompletionFormat, response_id
+                request, body, card, tokenizer, prompts, CompletionFormat, response_id, plan
             )
 
     @contextmanager
@@ -107,15 +160,18 @@ class GenerationHandlers:
         card: ModelCard,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
-        format_type: type[Format],
+        new_format: NewFormat,
         response_id: str,
+        plan: ReadingPlan,
     ) -> web.StreamResponse:
         call = request[CALL]
         caller = request.get(CALLER, ANYBODY)
         with_logprobs = body.num_logprobs is not None
         job = Job(
             requests=_generate_requests(
-                *(body, card, tokenizer, prompts, response_id, caller), call.span.traceparent
+                *(body, card, tokenizer, prompts, response_id, caller),
+                grammar=plan.grammar,
+                traceparent=call.span.traceparent,
             ),
             prompts=prompts,
             tokenizer=tokenizer,
@@ -124,9 +180,11 @@ class GenerationHandlers:
                 min_tokens=body.min_tokens or 0,
                 with_scores=with_logprobs,
                 skip_special_tokens=body.skip_special_tokens is not False,
+                kept_tokens=plan.kept_tokens,
             ),
+            new_reader=plan.new_reader,
             echo=isinstance(body, CompletionRequest) and bool(body.echo),
-            format=format_type(
+            format=new_format(
                 tokenizer,
                 response_id=response_id,
                 created=int(time.time()),
@@ -134,7 +192,6 @@ class GenerationHandlers:
                 with_logprobs=with_logprobs,
                 include_usage=body.include_usage,
             ),
-            include_usage=body.include_usage,
             received_at=call.received_at,
             take_output=caller.take_tokens,
             span=call.span,
@@ -156,6 +213,8 @@ def _generate_requests(
     prompts: Sequence[Prompt],
     response_id: str,
     caller: Caller,
+    *,
+    grammar: str,
     traceparent: str,
 ) -> list[GenerateRequest]:
     """One per prompt. Raises: InvalidRequest."""
@@ -171,6 +230,7 @@ def _generate_requests(
                 num_prompt_tokens=len(prompt.token_ids),
                 defaults=tokenizer.default_sampling,
                 card=card,
+                grammar=grammar,
             ),
             n=body.n or 1,
             salt=caller.salt(body.cache_salt or ""),

@@ -9,7 +9,13 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from xllm import __version__
-from xllm.roles.api import requests, responses
+from xllm.roles.api import (
+    anthropic_requests,
+    requests,
+    responses,
+    responses_requests,
+    translated_answers,
+)
 
 _REF = "#/components/schemas/{model}"
 
@@ -24,6 +30,7 @@ class _Operation:
     """Alternatives for the body."""
     errors: tuple[int, ...] = ()
     streams: bool = False
+    error_response: type[BaseModel] = responses.ErrorResponse
 
 
 _BODY_ERRORS = (400, 404, 413, 503)
@@ -47,6 +54,34 @@ _OPERATIONS = (
         response=responses.CompletionResponse,
         errors=_GENERATION_ERRORS,
         streams=True,
+    ),
+    _Operation(
+        method="post",
+        path="/v1/responses",
+        summary="Continue a conversation, in OpenAI's newer form",
+        requests=(responses_requests.ResponsesRequest,),
+        response=translated_answers.ResponsesResponse,
+        errors=_GENERATION_ERRORS,
+        streams=True,
+    ),
+    _Operation(
+        method="post",
+        path="/v1/messages",
+        summary="Continue a conversation, in Anthropic's form",
+        requests=(anthropic_requests.MessagesRequest,),
+        response=translated_answers.MessagesResponse,
+        errors=_GENERATION_ERRORS,
+        streams=True,
+        error_response=translated_answers.MessagesErrorResponse,
+    ),
+    _Operation(
+        method="post",
+        path="/v1/messages/count_tokens",
+        summary="How many tokens such a conversation has",
+        requests=(anthropic_requests.CountTokensRequest,),
+        response=translated_answers.CountTokensResponse,
+        errors=_BODY_ERRORS,
+        error_response=translated_answers.MessagesErrorResponse,
     ),
     _Operation(
         method="get",
@@ -90,9 +125,9 @@ _OPERATIONS = (
 def openapi_document() -> dict[str, Any]:
     """OpenAPI 3.1 of every endpoint but itself."""
     paths: dict[str, Any] = {}
-    models: set[type[BaseModel]] = {responses.ErrorResponse}
+    models: set[type[BaseModel]] = set()
     for operation in _OPERATIONS:
-        models.update((*operation.requests, operation.response))
+        models.update((*operation.requests, operation.response, operation.error_response))
         paths.setdefault(operation.path, {})[operation.method] = _describe(operation)
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=_REF)
@@ -122,7 +157,7 @@ def _describe(operation: _Operation) -> dict[str, Any]:
         | {
             str(status): {
                 "description": "An error.",
-                "content": {"application/json": {"schema": _ref(responses.ErrorResponse)}},
+                "content": {"application/json": {"schema": _ref(operation.error_response)}},
             }
             for status in operation.errors
         },

@@ -17,6 +17,7 @@ from xllm.errors import InvalidRequest
 from xllm.protocol import ModelCard
 from xllm.roles.api.requests import MAX_SAMPLES, ChatRequest, CompletionRequest, Message, ToolCall
 from xllm.roles.api.sampling import check_vocabulary
+from xllm.roles.api.tool_prompt import spell_out_tools
 from xllm.tokenizer import Tokenizer
 
 _LONG_TEXT_CHARS = 1000
@@ -43,16 +44,30 @@ class PromptEncoder:
     ) -> Prompt:
         """Raises: InvalidRequest if the template refuses the messages, or nothing is left."""
         messages = [_template_message(i, message) for i, message in enumerate(request.messages)]
+        goes_on = bool(request.continue_final_message)
+        if goes_on and request.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other",
+                param="continue_final_message",
+            )
         variables: dict[str, Any] = {
-            "add_generation_prompt": request.add_generation_prompt is not False
+            "add_generation_prompt": request.add_generation_prompt is not False and not goes_on
         }
+        tools = request.template_tools
+        if not tokenizer.template_mentions("tools"):
+            messages = spell_out_tools(messages, tools)
+        elif tools:
+            variables["tools"] = tools
         variables |= request.chat_template_kwargs or {}
 
         def encode() -> Prompt:
             text = tokenizer.apply_chat_template(messages, **variables)
+            if goes_on:
+                text = _up_to_end_of(messages[-1]["content"], text)
             return Prompt(tokenizer.encode(text, add_special_tokens), text)
 
-        prompt = await self._run(encode, sum(len(message["content"]) for message in messages))
+        num_chars = sum(len(message["content"]) for message in messages) + len(str(tools))
+        prompt = await self.run(encode, num_chars)
         if not prompt.token_ids:
             raise InvalidRequest("the conversation renders to an empty prompt", param="messages")
         return prompt
@@ -96,7 +111,7 @@ class PromptEncoder:
         def encode() -> list[Prompt]:
             return [Prompt(tokenizer.encode(text, add_special_tokens), text) for text in texts]
 
-        return await self._run(encode, sum(map(len, texts)))
+        return await self.run(encode, sum(map(len, texts)))
 
     async def decode(self, token_ids: list[int], tokenizer: Tokenizer) -> str:
         """Special tokens spelled out."""
@@ -104,12 +119,26 @@ class PromptEncoder:
         def decode() -> str:
             return tokenizer.decode(token_ids, skip_special_tokens=False)
 
-        return await self._run(decode, len(token_ids))
+        return await self.run(decode, len(token_ids))
 
-    async def _run(self, work: Callable[[], T], num_chars: int) -> T:
+    async def run(self, work: Callable[[], T], num_chars: int) -> T:
+        """Does something that takes about as long as encoding so many characters."""
         if num_chars < _LONG_TEXT_CHARS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def _up_to_end_of(content: str, prompt: str) -> str:
+    """`prompt` without what the template puts behind its last message. Raises: InvalidRequest."""
+    content = content.strip()
+    start = prompt.rfind(content) if content else -1
+    if start < 0:
+        raise InvalidRequest(
+            "continue_final_message: the last message is empty, or the model's chat template "
+            "does not show it as it is",
+            param="continue_final_message",
+        )
+    return prompt[: start + len(content)]
 
 
 def _template_message(index: int, message: Message) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Discriminator,
     Field,
@@ -25,6 +24,9 @@ from pydantic import (
 )
 
 from xllm.protocol import MAX_N
+from xllm.roles.api.base_model import ApiModel
+from xllm.roles.api.constraints import Constraints
+from xllm.roles.api.tool_requests import ToolFields
 
 MAX_SAMPLES = 512
 """Prompts times n in one request."""
@@ -34,10 +36,6 @@ MAX_STOP_CHARS = 1024
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 _MAX_INT32 = 2**31 - 1
-
-
-class ApiModel(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 def _prompt_kind(value: Any) -> str | None:
@@ -88,7 +86,7 @@ class StreamOptions(ApiModel):
     include_usage: bool | None = None
 
 
-class GenerationRequest(ApiModel):
+class GenerationRequest(Constraints):
     """What chat and plain completions have in common."""
 
     model: str | None = Field(None, description="May be left out where one model is served.")
@@ -221,12 +219,15 @@ class Message(ApiModel):
         return value
 
 
-class ChatRequest(ApiModel):
+class ChatRequest(ToolFields):
     """What a conversation is, apart from how it goes on."""
 
     messages: list[Message] = Field(min_length=1)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(
+        None, description="The answer goes on in the last message, rather than answers it."
+    )
 
 
 class ChatCompletionRequest(GenerationRequest, ChatRequest):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from xllm.protocol import FinishReason, TokenDelta, TokenLogprob
+from xllm.roles.api.reading.calls import CallDelta
 from xllm.stop_matcher import StopMatcher
 from xllm.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -36,10 +37,15 @@ class Part:
 
     text: str = ""
     scores: list[Score] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
+    """A `FinishReason`, or what a reader has made of it."""
+    thoughts: str = ""
+    calls: list[CallDelta] = field(default_factory=list)
+    stop: str | None = None
+    """With the end: the stop string that was found."""
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.scores or self.finish_reason)
+        return bool(self.text or self.scores or self.finish_reason or self.thoughts or self.calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,8 @@ class TextOptions:
     """Stop strings count only after so many tokens."""
     with_scores: bool = False
     skip_special_tokens: bool = True
+    kept_tokens: Sequence[str] = ()
+    """Special tokens that are shown all the same, to whoever reads the text."""
 
 
 class Sample:
@@ -68,7 +76,9 @@ class Sample:
         self._tokenizer = tokenizer
         self._options = options
         self._decoder = IncrementalDecoder(
-            tokenizer, skip_special_tokens=options.skip_special_tokens
+            tokenizer,
+            skip_special_tokens=options.skip_special_tokens,
+            kept_tokens=options.kept_tokens,
         )
         self._matcher = StopMatcher(options.stops)
         self._echo_text = echo_text
@@ -116,6 +126,7 @@ class Sample:
         part.text += text
         part.scores += self._take_scores()
         part.finish_reason = self.finish_reason
+        part.stop = self._matcher.stopped
         return part
 
     def _decode(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> str:

@@ -32,6 +32,7 @@ def sampling_params(
     num_prompt_tokens: int,
     defaults: SamplingDefaults,
     card: ModelCard,
+    grammar: str = "",
 ) -> SamplingParams:
     """How to continue one prompt of the request.
 
@@ -69,6 +70,7 @@ def sampling_params(
         logit_bias=logit_bias,
         logprobs=request.num_logprobs,
         prompt_logprobs=request.num_logprobs if echoes else None,
+        grammar=grammar,
     )
 
 

@@ -18,29 +18,14 @@ def _falsy(value: Any, body: Mapping[str, Any]) -> bool:
     return not value
 
 
-def _not_chosen(value: Any, body: Mapping[str, Any]) -> bool:
-    return not value or body.get("tool_choice") == "none" or body.get("function_call") == "none"
-
-
 _UNSUPPORTED: dict[str, _Harmless] = {
-    "tools": _not_chosen,
-    "functions": _not_chosen,
-    "tool_choice": lambda value, body: (
-        value in ("none", "auto") and (value == "none" or not body.get("tools"))
-    ),
+    "tools": lambda value, body: not value or "prompt" not in body,  # they are for chats
+    "functions": lambda value, body: not value or body.get("function_call") == "none",
     "function_call": lambda value, body: value in ("none", "auto"),
-    "response_format": lambda value, body: (
-        isinstance(value, Mapping) and value.get("type") == "text"
-    ),
     "modalities": lambda value, body: value == ["text"],
     "best_of": lambda value, body: value == (body.get("n") or 1),
     **dict.fromkeys(
         (
-            "structured_outputs",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
             "structural_tag",
             "audio",
             "prediction",
@@ -54,7 +39,6 @@ _UNSUPPORTED: dict[str, _Harmless] = {
             "allowed_token_ids",
             "bad_words",
             "include_stop_str_in_output",
-            "continue_final_message",
             "chat_template",
             "documents",
         ),

@@ -1,0 +1,198 @@
+"""Grammars that outputs must match: which tokens may come next, computed beside the forward pass.
+
+    event loop      submit ── compile ──> GrammarCompiler's thread       once per grammar, cached
+    engine thread   step:  MaskWorker.begin ─┬─ forward pass ── wait ─── sample under the masks
+    mask thread                              └─ each state: take in what was drawn, next mask
+
+A `GrammarState` is a function of its sample's output tokens and of nothing else, as penalties are:
+a request that was preempted goes on with it, one that comes from another worker with its output so
+far replays that, and the samples of one request have one each.
+
+Whoever has drawn a token says so by `append`, which costs nothing; the work is done by the mask
+thread in the next step. llguidance lets go of the GIL while it works, the forward pass too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from xllm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_CACHED_GRAMMARS = 128
+_WORD_BITS = 32
+
+
+class GrammarState:
+    """How far one sample has come in its grammar. The engine's thread appends, the mask thread
+    does all else; never at the same time, since a step waits for its masks."""
+
+    __slots__ = ("_bits", "_eos_token_ids", "_matcher", "_pending", "error", "forbidden")
+
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        vocab_size: int,
+        mask_size: int,
+        eos_token_ids: Sequence[int],
+        output_ids: Sequence[int] = (),
+    ) -> None:
+        """mask_size: tokens that the matcher knows, `vocab_size` or more of them. output_ids: what
+        was drawn already, perhaps elsewhere."""
+        self._matcher = matcher
+        self._eos_token_ids = [i for i in eos_token_ids if i < vocab_size]
+        self._pending = list(output_ids)
+        self._bits = np.zeros(-(-mask_size // _WORD_BITS), np.int32)
+        self.forbidden: npt.NDArray[np.bool_] = np.zeros(vocab_size, np.bool_)
+        """[V]: of the next token; as of the last `advance`, valid until the next."""
+        self.error = ""
+        """Why the sample cannot go on."""
+
+    def append(self, token_id: int) -> None:
+        """The token was drawn."""
+        self._pending.append(token_id)
+
+    def advance(self, suppressed: Sequence[int] = ()) -> None:
+        """Takes in what was appended, and sets `forbidden`.
+
+        suppressed: tokens that should not be drawn yet; they are, where nothing else may be.
+        """
+        if self.error:
+            return
+        matcher = self._matcher
+        pending, self._pending = self._pending, []
+        if pending and not matcher.consume_tokens(pending):
+            self._fail(matcher.get_error() or "the output does not match the grammar")
+            return
+        matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        if matcher.is_error():
+            self._fail(matcher.get_error())
+            return
+        np.invert(self._bits, out=self._bits)
+        vocab_size = len(self.forbidden)
+        bits = np.unpackbits(self._bits.view(np.uint8), count=vocab_size, bitorder="little")
+        self.forbidden = bits.view(np.bool_)
+        if suppressed:
+            stricter = self.forbidden.copy()
+            stricter[list(suppressed)] = True
+            if not stricter.all():
+                self.forbidden = stricter
+        if self.forbidden.all():  # complete, for a tokenizer that knows another EOS than the model
+            self.forbidden[self._eos_token_ids] = False
+            if not self._eos_token_ids:
+                self.error = "the output is complete, but the model has no token that ends it"
+
+    def _fail(self, error: str) -> None:
+        self.error = error
+        self.forbidden = np.ones_like(self.forbidden)
+
+
+MaskWork = tuple[GrammarState, Sequence[int]]
+"""A state to advance, and its suppressed tokens."""
+
+
+class CompiledGrammar:
+    """What new states are copied from."""
+
+    def __init__(
+        self, matcher: LLMatcher, vocab_size: int, mask_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        self._matcher = matcher
+        self._sizes = (vocab_size, mask_size)
+        self._eos_token_ids = eos_token_ids
+        self._lock = threading.Lock()
+
+    def new_state(self, output_ids: Sequence[int] = ()) -> GrammarState:
+        with self._lock:
+            matcher = self._matcher.deep_copy()
+        return GrammarState(matcher, *self._sizes, self._eos_token_ids, output_ids)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one model, on a thread of its own."""
+
+    def __init__(
+        self, tokenizer_json: Callable[[], str], vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        """tokenizer_json: the text of tokenizer.json, asked for with the first grammar."""
+        self._tokenizer_json = tokenizer_json
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, CompiledGrammar] = OrderedDict()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    @classmethod
+    def of_folder(
+        cls, folder: Path, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> GrammarCompiler:
+        """For the model in a Hugging Face folder."""
+        path = folder / "tokenizer.json"
+        return cls(lambda: path.read_text(encoding="utf-8"), vocab_size, eos_token_ids)
+
+    def submit(self, grammar: str) -> Future[CompiledGrammar]:
+        """The future raises InvalidRequest for what is no grammar."""
+        return self._executor.submit(self._compile, grammar)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, grammar: str) -> CompiledGrammar:
+        from llguidance import LLMatcher
+
+        if (known := self._compiled.get(grammar)) is not None:
+            self._compiled.move_to_end(grammar)
+            return known
+        tokenizer = self._tokenizer or self._load_tokenizer()
+        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise InvalidRequest(f"the grammar is refused: {matcher.get_error()}", param="grammar")
+        compiled = CompiledGrammar(
+            matcher, self._vocab_size, tokenizer.vocab_size, self._eos_token_ids
+        )
+        self._compiled[grammar] = compiled
+        if len(self._compiled) > MAX_CACHED_GRAMMARS:
+            self._compiled.popitem(last=False)
+        return compiled
+
+    def _load_tokenizer(self) -> LLTokenizer:
+        """Takes a quarter of a second for 50,000 tokens."""
+        from llguidance import LLTokenizer
+
+        text, eos_token_ids = self._tokenizer_json(), self._eos_token_ids or None
+        try:
+            # The model's own vocabulary may be padded beyond the tokenizer's.
+            tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos_token_ids)
+        except ValueError:
+            tokenizer = LLTokenizer(text, eos_token=eos_token_ids)
+        self._tokenizer = tokenizer
+        return tokenizer
+
+
+class MaskWorker:
+    """Computes the masks of a step on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="masks")
+
+    def begin(self, work: Sequence[MaskWork]) -> Future[None]:
+        """Advances each state; nobody may touch them until the future is done."""
+        return self._executor.submit(_advance_all, work)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False)
+
+
+def _advance_all(work: Sequence[MaskWork]) -> None:
+    for state, suppressed in work:
+        state.advance(suppressed)

@@ -54,7 +54,7 @@ class Rig:
             *("--dtype=float32", "--max_cache_size=256M", "--enable_cache_upload=true"),
             *("--max_model_len=2048", f"--disk_cache_dir={disk}", "--disk_cache_size=256M"),
             *("--enable_kvcache_store", f"--store_master_server_address={self._pool.address}"),
-            "--prefetch_timeout=60000",
+            *("--enable_peer_fetch=false", "--prefetch_timeout=60000"),
         )
         wait_until(lambda: "store_attached" in worker.log, "the store attached", 60)
         return worker

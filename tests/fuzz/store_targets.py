@@ -86,3 +86,6 @@ class StoreObjectTarget(Target):
             if outcome is StoreOutcome.DONE:
                 assert (self._blocks[i] == _PAYLOADS[i]).all()
         assert not self._blocks[3].any()
+
+    def allowed_bytes(self, data: _Answer) -> int:
+        return 64 * 1024

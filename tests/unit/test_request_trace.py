@@ -59,6 +59,19 @@ def test_a_whole_request() -> None:
     }
 
 
+def test_one_that_was_preempted_and_loaded_what_it_had_computed() -> None:
+    loads = [LoadSpan(TierName.HOST, 6.0, 7.0, 3), LoadSpan(TierName.DISK, 6.0, 6.5, 1)]
+    timeline = Timeline(0.0, 2.0, 3.0, 9.0, [LoadSpan(TierName.HOST, 1.0, 1.5, 1), *loads])
+    span = draw(timeline)
+    assert [name for name, *_ in span.children] == [
+        *("queue", "load host", "load host", "load disk", "prefill", "decode"),
+    ]
+    assert span.children[0] == ("queue", 0.0, 1.0)
+    assert timeline.load_s == 1.5
+    timeline.loads = loads
+    assert draw(timeline).children[0] == ("queue", 0.0, 2.0)
+
+
 def test_one_that_was_cancelled_while_it_waited() -> None:
     assert draw(Timeline(0.0, ended_at=2.0)).children == [("queue", 0.0, 2.0)]
 

@@ -16,7 +16,7 @@ import pytest
 from xllm.cache.block_hash import CacheRoot
 from xllm.cache.block_pool import BlockPool
 from xllm.cache.kv_cache import KVCache
-from xllm.cache.loads import BlockSource
+from xllm.cache.loads import BlockSource, LoadSpan
 from xllm.cache.tier import TierName
 from xllm.engine.request import Sequence, SequenceState
 from xllm.engine.scheduler import (
@@ -51,6 +51,7 @@ class FakeTicket:
         self.blocks = blocks
         self.num_arrived = 0
         self.busy_block_ids: list[int] = []
+        self.spans: list[LoadSpan] = []
 
     @property
     def tiers(self) -> list[TierName]:
@@ -81,7 +82,7 @@ class FakeTiers:
         return None
 
     def start_load(
-        self, blocks: list[tuple[BlockHash, BlockSource, int]], timeout_s: float
+        self, blocks: list[tuple[BlockHash, BlockSource, int]], timeout_s: float, trace: str = ""
     ) -> FakeTicket:
         ticket = FakeTicket(blocks)
         self.num_loads += 1

@@ -21,11 +21,13 @@ from xllm.config import (
     RoutingConfig,
     SecurityConfig,
     StoreConfig,
+    TraceConfig,
     WorkerConfig,
 )
 from xllm.flag_types import (
     ADVERTISED_HOST,
     BOOLEAN,
+    COLLECTOR,
     ETCD_ADDRESSES,
     FILE,
     FOLDER,
@@ -42,7 +44,7 @@ from xllm.flag_types import (
     integer,
     pattern,
 )
-from xllm.telemetry import LOG_FORMATS, LOG_LEVELS
+from xllm.log import LOG_FORMATS, LOG_LEVELS
 
 ROLES = ("master", "worker")
 
@@ -141,6 +143,19 @@ BOTH_CONCERNS: tuple[Concern, ...] = (
         (
             Flag(LogConfig, "log_level", choice(*LOG_LEVELS), "The least level that is written."),
             Flag(LogConfig, "log_format", choice(*LOG_FORMATS), "The form of a line on stderr."),
+        ),
+    ),
+    Concern(
+        "traces",
+        (
+            Flag(
+                TraceConfig,
+                "otlp_endpoint",
+                COLLECTOR,
+                "An OpenTelemetry collector that takes OTLP over HTTP (http://host:4318): gets a"
+                " trace of each request. Needs the extra xllm[otel].",
+                "none: no traces",
+            ),
         ),
     ),
     Concern(
@@ -326,7 +341,7 @@ MASTER_CONCERNS: tuple[Concern, ...] = (
                 RoutingConfig,
                 "max_queue_time",
                 decimal("SECONDS", 0.1, 86400),
-                "A request that would wait longer on every worker is refused with 429; some 64"
+                "A request that would wait longer on every worker is refused with 429; some 16"
                 " may wait on each in any case.",
             ),
             Flag(

@@ -153,8 +153,8 @@ class Supervisor:
 
         import uvloop
 
+        from xllm.log import setup_logging
         from xllm.reload import Reload
-        from xllm.telemetry import setup_logging
 
         class Executor(ThreadPoolExecutor):
             def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

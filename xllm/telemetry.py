@@ -1,22 +1,14 @@
-"""What a process says about itself: log lines and metrics.
-
-A log line is `event key=value ...`: the event's name is one word, values with spaces are quoted.
-As text it stays like that, after time, level and logger; as JSON, event and keys become fields of
-one object. Nothing here samples or sends: operators read stderr and scrape the operator port.
+"""What a process counts and measures of itself, for the operator port's `/metrics`.
 
 Every metric that xllm has is declared in `Metrics`; where vLLM has one of the same meaning, it has
-vLLM's name after the prefix. Label values come from small closed sets.
+vLLM's name after the prefix. Label values come from small closed sets; where one is known
+beforehand, it is there with 0 from the start, so that the first increase is seen.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import re
-import sys
-import time
 
-import orjson
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -28,88 +20,10 @@ from prometheus_client import (
 )
 
 from xllm import __version__
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
-LOG_FORMATS = ("text", "json")
+from xllm.errors import REQUEST_ERRORS
+from xllm.protocol import TIER_NAMES, FinishReason
 
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-_VALUE = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s"']\S*|"""
-_PAIR = re.compile(rf" (\w+)=({_VALUE})(?= |$)")
-_EVENT = re.compile(rf"\w+(?: \w+=(?:{_VALUE})(?= |$))*")
-
-
-def setup_logging(level: str = "info", fmt: str = "text") -> None:
-    """Sends the log of this process to stderr; a second call replaces the first.
-
-    `level` is for xllm's own loggers; other packages' lines show from WARNING on.
-    """
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        if isinstance(handler, _StderrHandler):
-            root.removeHandler(handler)
-    stderr_handler = _StderrHandler()
-    stderr_handler.setFormatter(JsonFormatter() if fmt == "json" else TextFormatter())
-    root.addHandler(stderr_handler)
-    root.setLevel(logging.WARNING)
-    logging.getLogger("xllm").setLevel(level.upper())
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-
-
-class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """A type of its own, so that `setup_logging` never removes somebody else's handler."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-
-
-def _utc_time(record: logging.LogRecord) -> str:
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    return f"{seconds}.{int(record.msecs):03d}Z"
-
-
-class TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO xllm.roles.worker event key=value`, then any traceback."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        # A client chooses some of the values: a line break in one must not forge a second line.
-        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
-        line = f"{_utc_time(record)} {record.levelname} {record.name} {message}"
-        if record.exc_info:
-            line = f"{line}\n{self.formatException(record.exc_info)}"
-        return line
-
-
-class JsonFormatter(logging.Formatter):
-    """One object per line: time, level, logger, event and its keys; traceback as `exception`.
-
-    A message that is not of the form `event key=value ...` is whole under `message`.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        fields: dict[str, str] = {}
-        if _EVENT.fullmatch(message):
-            event, _, _ = message.partition(" ")
-            fields = {key: _unquote(value) for key, value in _PAIR.findall(message)}
-            fields["event"] = event
-        else:
-            fields["message"] = message
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        fields |= {
-            "time": _utc_time(record),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-        }
-        return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS).decode()
-
-
-def _unquote(value: str) -> str:
-    if value[:1] in ("'", '"'):
-        return re.sub(r"\\(.)", r"\1", value[1:-1])
-    return value
-
 
 _LATENCY_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
@@ -118,6 +32,8 @@ _LATENCY_BUCKETS_S = (
 _LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0)
 _ERROR_BUCKETS_S = (-4.0, -1.0, -0.25, -0.1, -0.025, 0.0, 0.025, 0.1, 0.25, 1.0, 4.0)
 _BLOCK_AGE_BUCKETS_S = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
+_SAMPLE_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_ROUTE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 _TOKEN_BUCKETS = tuple(float(4**exponent) for exponent in range(10))
 
 
@@ -180,6 +96,10 @@ class Metrics:
             ["label"],
             registry=registry,
         )
+        for label in REQUEST_ERRORS:
+            self.request_errors.labels(label)
+        for reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.request_success.labels(reason.value)
         self.client_disconnects = Counter(
             "xllm_client_disconnects_total",
             "Requests whose client went away before their end.",
@@ -213,6 +133,38 @@ class Metrics:
             "xllm_request_generation_tokens",
             "Output tokens of each request.",
             buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.request_time_per_output_token_seconds = Histogram(
+            "xllm_request_time_per_output_token_seconds",
+            "Mean gap between the tokens of each sample that has two.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_cached_tokens = Counter(
+            "xllm_request_cached_tokens_total",
+            "Prompt tokens that were not computed, by the tier that had them.",
+            ["tier"],
+            registry=registry,
+        )
+        for tier in TIER_NAMES:
+            self.request_cached_tokens.labels(tier)
+        self.request_params_n = Histogram(
+            "xllm_request_params_n",
+            "Samples asked for by each request.",
+            buckets=_SAMPLE_BUCKETS,
+            registry=registry,
+        )
+        self.request_params_max_tokens = Histogram(
+            "xllm_request_params_max_tokens",
+            "Output tokens that each request allows.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.http_requests = Counter(
+            "xllm_http_requests_total",
+            "Answers of the public API; paths that it does not have are `other`.",
+            ["handler", "status"],
             registry=registry,
         )
 
@@ -266,9 +218,42 @@ class Metrics:
         )
         self.request_queue_time_seconds = Histogram(
             "xllm_request_queue_time_seconds",
-            "Request submitted to first scheduled.",
+            "Request submitted to first scheduled, loading its blocks included.",
             buckets=_LATENCY_BUCKETS_S,
             registry=registry,
+        )
+        self.request_load_time_seconds = Histogram(
+            "xllm_request_load_time_seconds",
+            "Bringing up the blocks of requests that had some below the device.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_prefill_time_seconds = Histogram(
+            "xllm_request_prefill_time_seconds",
+            "First scheduled to first token.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_decode_time_seconds = Histogram(
+            "xllm_request_decode_time_seconds",
+            "First token to last.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_inference_time_seconds = Histogram(
+            "xllm_request_inference_time_seconds",
+            "First scheduled to last token.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_prefill_kv_computed_tokens = Histogram(
+            "xllm_request_prefill_kv_computed_tokens",
+            "Prompt tokens that were computed for each request.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.cache_config = Info(
+            "xllm_cache_config", "Sizes that do not change while it runs.", registry=registry
         )
 
     def _declare_tiers(self, registry: CollectorRegistry | None) -> None:
@@ -288,6 +273,9 @@ class Metrics:
         )
         self.tier_blocks_used = Gauge(
             "xllm_tier_blocks_used", "Blocks that it holds.", ["tier"], registry=registry
+        )
+        self.tier_queries = counter(
+            "tier_queries", "Prompt tokens that no faster tier had, so that it was asked.", "tier"
         )
         self.tier_hits = counter("tier_hits", "Prompt tokens that were found there.", "tier")
         self.tier_promotions = counter(
@@ -357,6 +345,15 @@ class Metrics:
         self.peer_serve_misses = counter(
             "peer_serve_misses", "Blocks that peers asked for and were not here."
         )
+        for tier in TIER_NAMES:
+            self.tier_queries.labels(tier)
+            self.tier_hits.labels(tier)
+            self.peer_served_blocks.labels(tier)
+            self.peer_served_bytes.labels(tier)
+            if tier != TIER_NAMES[0]:
+                self.tier_promotions.labels(tier)
+                self.tier_transfer_bytes.labels(f"from_{tier}")
+                self.tier_transfer_seconds.labels(f"from_{tier}")
         self.kv_block_lifetime_seconds = histogram(
             "kv_block_lifetime", "Age of evicted blocks: time in their tier."
         )
@@ -420,6 +417,26 @@ class Metrics:
             "index_late_batches", "Batches of an epoch that was over: ignored."
         )
         self.index_bad_values = counter("index_bad_values", "Values that could not be read.")
+        self.route_decisions = Counter(
+            "xllm_route_decisions_total",
+            "Attempts routed: what the chosen worker has or gets of the prompt, or `refused`.",
+            ["policy", "outcome"],
+            registry=registry,
+        )
+        self.route_matched_blocks = Counter(
+            "xllm_route_matched_blocks_total",
+            "Blocks of prompts that the chosen worker was known to hold, by tier.",
+            ["tier"],
+            registry=registry,
+        )
+        for tier in TIER_NAMES:
+            self.route_matched_blocks.labels(tier)
+        self.route_seconds = Histogram(
+            "xllm_route_seconds",
+            "What choosing a worker took.",
+            buckets=_ROUTE_BUCKETS_S,
+            registry=registry,
+        )
         self.route_fetches = counter(
             "route_fetches", "Requests sent with blocks to fetch from another worker."
         )

@@ -19,6 +19,7 @@ from xllm.engine.lower_tiers import LowerTiersFactory, check_memory
 from xllm.engine.runner import Runner
 from xllm.engine.running_request import RunningRequest
 from xllm.engine.scheduler import StepPlan
+from xllm.engine.timeline import Timeline
 from xllm.errors import RequestError
 from xllm.protocol import FetchRange, GenerateRequest, SamplingParams, TokenDelta
 
@@ -56,6 +57,9 @@ class BenchEngine:
 
     def step_done(self, plan: StepPlan, seconds: float) -> None:
         self._steps.append((plan.num_decodes, seconds))
+
+    def request_ended(self, request: GenerateRequest, timeline: Timeline) -> None:
+        pass
 
     @property
     def tiers(self) -> Tiers:

@@ -14,6 +14,7 @@ from xllm.engine.batch import Batch
 from xllm.engine.engine import MAX_FAULTS_IN_A_ROW, Engine
 from xllm.engine.sampler import Draw, SampledTokens, SamplingBatch
 from xllm.engine.scheduler import StepPlan
+from xllm.engine.timeline import Timeline
 from xllm.errors import EngineFault, InvalidRequest, NoWorker, RequestError, WorkerLost
 from xllm.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta, TokenLogprob
 
@@ -284,12 +285,16 @@ async def test_the_observer_hears_of_every_step_and_beginning(runner: FakeRunner
         def __init__(self) -> None:
             self.rows: list[int] = []
             self.waits: list[float] = []
+            self.timelines: list[Timeline] = []
 
         def request_begun(self, waited_s: float) -> None:
             self.waits.append(waited_s)
 
         def step_done(self, plan: StepPlan, seconds: float) -> None:
             self.rows.append(plan.num_tokens)
+
+        def request_ended(self, request: GenerateRequest, timeline: Timeline) -> None:
+            self.timelines.append(timeline)
 
     engine = Engine(runner)  # type: ignore[arg-type]
     engine.observer = observer = Observer()
@@ -299,3 +304,11 @@ async def test_the_observer_hears_of_every_step_and_beginning(runner: FakeRunner
     assert observer.rows == [3, 1, 1]
     assert len(observer.waits) == 1
     assert observer.waits[0] >= 0
+    (timeline,) = observer.timelines
+    assert timeline.begun_at is not None
+    assert timeline.begun_at - timeline.submitted_at == observer.waits[0]
+    assert timeline.first_token_at is not None
+    assert timeline.ended_at is not None
+    assert timeline.begun_at < timeline.first_token_at < timeline.ended_at
+    assert (timeline.num_prompt_tokens, timeline.num_output_tokens) == (3, 3)
+    assert timeline.prefill_s + timeline.decode_s == pytest.approx(timeline.inference_s)

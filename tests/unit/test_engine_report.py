@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from xllm.cache.loads import LoadSpan
+from xllm.cache.tier import TierName
 from xllm.engine.statistics import EngineStatistics
-from xllm.protocol import Epoch, TierUsage, Watermark
-from xllm.roles.engine_report import EngineReport, status_line
+from xllm.engine.timeline import Timeline
+from xllm.protocol import Epoch, GenerateRequest, SamplingParams, TierUsage, Watermark
+from xllm.roles.engine_report import EngineReport, StepMetrics, status_line
 from xllm.telemetry import Metrics
 
 BEFORE = EngineStatistics(num_blocks=100, prompt_tokens=50, generated_tokens=10, num_steps=5)
@@ -75,3 +78,26 @@ def test_load() -> None:
     assert load.watermarks == marks
     assert load.tiers == {"device": TierUsage(25, 100)}
     assert load.eviction_age_s == {}
+
+
+def test_phases_of_a_request_are_observed_as_far_as_it_came() -> None:
+    metrics = Metrics()
+    observer = StepMetrics(metrics)
+    request = GenerateRequest(
+        request_id="r", model_id="m", prompt_ids=[1] * 96, sampling=SamplingParams()
+    )
+    spans = [LoadSpan(TierName.HOST, 1.0, 3.0, 1), LoadSpan(TierName.DISK, 1.0, 4.0, 1)]
+    cached = {TierName.HOST: 32, TierName.DISK: 32}
+    whole = Timeline(0.0, 5.0, 7.0, 17.0, spans, cached, num_prompt_tokens=96)
+    for timeline in (whole, Timeline(0.0, 5.0, None, 6.0), Timeline(0.0, None, None, 1.0)):
+        observer.request_ended(request, timeline)
+    rendered = metrics.render().decode()
+    for name, count, total in (
+        ("request_load_time_seconds", 1, 3),
+        ("request_prefill_time_seconds", 1, 2),
+        ("request_decode_time_seconds", 1, 10),
+        ("request_inference_time_seconds", 2, 13),
+        ("request_prefill_kv_computed_tokens", 1, 32),
+    ):
+        assert f"\nxllm_{name}_count {count}.0\n" in rendered
+        assert f"\nxllm_{name}_sum {total}.0\n" in rendered

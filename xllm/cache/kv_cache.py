@@ -235,6 +235,7 @@ class KVCache:
         if instead is None:
             return False
         seq.load = None
+        seq.loads += ticket.spans
         self._busy |= busy
         seq.block_table = [instead.pop() if b in busy else b for b in seq.block_table]
         for tier in ticket.tiers:
@@ -358,7 +359,7 @@ class KVCache:
         blocks = zip(
             *(seq.block_hashes[start:stop], match.sources, seq.block_table[start:stop]), strict=True
         )
-        seq.load = tiers.start_load(list(blocks), timeout_s)
+        seq.load = tiers.start_load(list(blocks), timeout_s, seq.trace)
         self._loading[seq.load] = seq
 
     def _commit_block(self, seq: CachedSequence, index: int) -> None:

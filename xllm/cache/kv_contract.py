@@ -9,7 +9,7 @@ from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash, FetchRange
 
 if TYPE_CHECKING:
-    from xllm.cache.loads import BlockSource, LoadTicket
+    from xllm.cache.loads import BlockSource, LoadSpan, LoadTicket
     from xllm.cache.store_tier import StoreQuestion
 
 
@@ -35,7 +35,10 @@ class LowerTiers(Protocol):
     ) -> StoreQuestion | None: ...
 
     def start_load(
-        self, blocks: Seq[tuple[BlockHash, BlockSource, int]], timeout_s: float
+        self,
+        blocks: Seq[tuple[BlockHash, BlockSource, int]],
+        timeout_s: float,
+        trace: str = "",
     ) -> LoadTicket: ...
 
     def cancel(self, ticket: LoadTicket) -> None: ...
@@ -61,6 +64,10 @@ class CachedSequence(Protocol):
     load: LoadTicket | None
     question: StoreQuestion | None
     """What the shared store has of it, once that was asked."""
+    loads: list[LoadSpan]
+    """What was loaded for it so far."""
+    trace: str
+    """A `traceparent`, for spans of fetches; empty: no trace."""
     cached_by_tier: dict[TierName, int]
     pending_hashes: list[BlockHash]
     num_committed_blocks: int

@@ -49,6 +49,15 @@ class BlockSource(NamedTuple):
 IN_STORE = BlockSource(TierName.REMOTE)
 
 
+class LoadSpan(NamedTuple):
+    """What one tier brought for one ticket, and when, by the loader's clock."""
+
+    tier: TierName
+    started_at: float
+    ended_at: float
+    num_blocks: int
+
+
 @dataclass(slots=True)
 class _Item:
     """One block of a ticket."""
@@ -72,10 +81,15 @@ class LoadTicket:
         "is_seen",
         "limit",
         "num_arrived",
+        "spans",
         "started_at",
+        "trace",
     )
 
-    def __init__(self, items: list[_Item], started_at: float, deadline: float) -> None:
+    def __init__(
+        self, items: list[_Item], started_at: float, deadline: float, trace: str = ""
+    ) -> None:
+        self.trace = trace
         self._items = items
         self._runs: list[_Run] = []
         self.started_at = started_at
@@ -84,6 +98,8 @@ class LoadTicket:
         self.num_arrived = 0
         """Leading blocks whose bytes are on the device and verified."""
         self.is_done = False
+        self.spans: list[LoadSpan] = []
+        """One for each tier, when it is done."""
         self.is_seen = False
         """Its owner knows that it is done, and so which of its blocks are busy."""
 
@@ -170,7 +186,10 @@ class Loader:
         return min((ticket.deadline for ticket in self._loading), default=None)
 
     def start(
-        self, blocks: Sequence[tuple[BlockHash, BlockSource, int]], timeout_s: float
+        self,
+        blocks: Sequence[tuple[BlockHash, BlockSource, int]],
+        timeout_s: float,
+        trace: str = "",
     ) -> LoadTicket:
         """Pins blocks where they are and queues their transfers.
 
@@ -180,7 +199,7 @@ class Loader:
         """
         now = self._clock()
         items = [_Item(block_hash, block_id, source) for block_hash, source, block_id in blocks]
-        ticket = LoadTicket(items, now, now + timeout_s)
+        ticket = LoadTicket(items, now, now + timeout_s, trace)
         self.counters.num_tickets += 1
         self._loading[ticket] = None
         self._pin(ticket)
@@ -250,7 +269,7 @@ class Loader:
                 and not run.blocks.is_full
             )
             if not is_open or run is None:
-                blocks = self._open_run(item.source)
+                blocks = self._open_run(item.source, ticket.trace)
                 run = None if blocks is None else _Run(ticket, i, i, item.source, blocks)
             if run is None or not run.blocks.try_add(item.hash):
                 self._lower(ticket, i)
@@ -259,7 +278,7 @@ class Loader:
                 ticket._runs.append(run)
             run.stop = i + 1
 
-    def _open_run(self, source: BlockSource) -> LoadRun | None:
+    def _open_run(self, source: BlockSource, trace: str) -> LoadRun | None:
         """None: the source has gone."""
         device, mover = self._device, self._mover
         if source.tier is TierName.HOST and self._host is not None:
@@ -269,7 +288,7 @@ class Loader:
             if attachment is not None:
                 return LocalRun(device, mover, attachment.table, self._disk, attachment)
         if source.peer is not None and self._peers is not None:
-            return PeerRun(self._peers.client, self._peers.book, mover, source.peer)
+            return PeerRun(self._peers.client, self._peers.book, mover, source.peer, trace)
         if source == IN_STORE and self._store is not None:
             return self._store.open_run()
         return None
@@ -333,12 +352,13 @@ class Loader:
             ]
             num_blocks = sum(item.arrived for run in runs for item in run.items)
             ended_at = max(now if run.ended_at is None else run.ended_at for run in runs)
-            self.blocks_loaded[tier] += num_blocks
+            ticket.spans.append(LoadSpan(tier, ticket.started_at, ended_at, num_blocks))
             num_bytes = num_blocks * self._device.block_bytes
             if is_store and self._store is not None:
                 self._store.counters.num_loaded += num_blocks
                 self._store.rate.observe(num_bytes, ended_at - ticket.started_at)
                 continue
+            self.blocks_loaded[tier] += num_blocks
             self.rates[tier].observe(num_bytes, ended_at - ticket.started_at)
             peers = {run.source.peer for run in runs if run.source.peer is not None}
             if len(peers) == 1 and num_bytes and self._peers is not None:

@@ -43,15 +43,18 @@ from xllm.engine.limits import check_request, scheduler_limits
 from xllm.engine.load_meter import LoadMeter
 from xllm.engine.outputs import StepOutputs
 from xllm.engine.request import Sequence
+from xllm.engine.request_trace import end_trace, start_trace
 from xllm.engine.runner import Runner
 from xllm.engine.running_request import Listener, RunningRequest
 from xllm.engine.sampler import SampledTokens
 from xllm.engine.scheduler import Scheduler, StepPlan
 from xllm.engine.statistics import Counters, EngineObserver, EngineStatistics
 from xllm.engine.step_cost import StepCost
+from xllm.engine.timeline import Timeline
 from xllm.engine.warm_up import warm_up_plans
 from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError, WorkerLost
 from xllm.protocol import BlockHash, FetchRange, GenerateRequest, TokenDelta
+from xllm.tracing import OFF, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +122,8 @@ class Engine:
         self._open: dict[int, RunningRequest] = {}
         """The engine thread's, by id of the request message, which the handle keeps alive."""
         self.observer: EngineObserver | None = None
-        """To be set before `start`."""
+        """To be set before `start`, as the next."""
+        self.tracer: Tracer = OFF
         self._counters = Counters()
         self._statistics = EngineStatistics(num_blocks=runner.num_blocks)
         self.cache_news: Final = NewsCollector(self.kv_cache, self.tiers)
@@ -164,15 +168,18 @@ class Engine:
                 f"{MAX_OPEN_REQUESTS} requests are open on this worker; try again later",
                 retry_after_s=1,
             )
+        timeline = Timeline(time.monotonic(), num_prompt_tokens=len(request.prompt_ids))
         handle = RunningRequest(
             request,
             listener,
+            timeline,
             on_cancel=lambda handle: self._commands.put(partial(self._abort, handle)),
             on_end=self._handles.discard,
         )
+        if self.tracer.is_on:
+            handle.span = start_trace(self.tracer, request, timeline)
         self._handles.add(handle)
-        arrival = time.monotonic()
-        self._commands.put(lambda: self._begin(handle, arrival))
+        self._commands.put(lambda: self._begin(handle))
         return handle
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -316,13 +323,16 @@ class Engine:
         with self.books.pause():
             return self._commands.get(timeout=timeout_s)
 
-    def _begin(self, handle: RunningRequest, arrival: float) -> None:
+    def _begin(self, handle: RunningRequest) -> None:
         request = handle.request
         first, *children = (
-            Sequence(request, index, arrival)
+            Sequence(request, index, handle.timeline.submitted_at)
             for index in range(request.index, request.index + request.n)
         )
         first.children = children
+        for seq in (first, *children):
+            seq.loads = handle.timeline.loads
+            seq.trace = handle.span.traceparent
         for child in children:
             child.prompt_logprobs = first.prompt_logprobs
         self._open[id(request)] = handle
@@ -330,7 +340,8 @@ class Engine:
 
     def _abort(self, handle: RunningRequest) -> None:
         self._scheduler.abort(handle.request)
-        self._open.pop(id(handle.request), None)
+        if self._open.pop(id(handle.request), None) is not None:
+            self._observe_end(handle)  # cancelled, as at each stop string: that is no error
 
     def _stop(self) -> None:
         self._is_stopping = True
@@ -368,7 +379,7 @@ class Engine:
         outputs.keep_scores(sampled)
         for advance in self._scheduler.complete(plan, outputs.drawn(sampled)):
             if advance.seq not in faulty:
-                self._emit(outputs.delta(advance, sampled), advance.seq.group)
+                self._emit(outputs.delta(advance, sampled), advance.seq)
         for seq in faulty:
             self._fail_request(seq.group, EngineFault("the model's logits are not finite"))
         seconds = time.perf_counter() - started
@@ -382,8 +393,20 @@ class Engine:
         for item in plan.scheduled[plan.num_decodes :]:
             if not item.seq.is_begun:
                 item.seq.is_begun = True
+                now = time.monotonic()
+                handle = self._open.get(id(item.seq.group))
+                if handle is not None and handle.timeline.begun_at is None:
+                    handle.timeline.begun_at = now
                 if self.observer is not None:
-                    self.observer.request_begun(time.monotonic() - item.seq.arrival)
+                    self.observer.request_begun(now - item.seq.arrival)
+
+    def _observe_end(self, handle: RunningRequest, error: str = "") -> None:
+        timeline, span = handle.timeline, handle.span
+        timeline.ended_at = time.monotonic()
+        if self.observer is not None:
+            self.observer.request_ended(handle.request, timeline)
+        if self.tracer.is_on:
+            self._post(lambda: end_trace(span, timeline, error))
 
     def _execute(self, plan: StepPlan, outputs: StepOutputs) -> SampledTokens:
         runner = self._runner
@@ -406,17 +429,24 @@ class Engine:
         self._scheduler.abort(request)
         handle = self._open.pop(id(request), None)
         if handle is not None:
+            self._observe_end(handle, error.message)
             self._outbox.append((handle, error))
 
-    def _emit(self, delta: TokenDelta, request: GenerateRequest) -> None:
-        handle = self._open.get(id(request))
+    def _emit(self, delta: TokenDelta, seq: Sequence) -> None:
+        handle = self._open.get(id(seq.group))
         if handle is None:
             return
         self._outbox.append((handle, delta))
+        timeline = handle.timeline
+        timeline.num_output_tokens += len(delta.token_ids)
+        if timeline.first_token_at is None:
+            timeline.first_token_at = time.monotonic()
+            timeline.cached_tokens = seq.cached_tokens or {}
         if delta.finish_reason is not None:
             handle.num_running_samples -= 1
             if handle.num_running_samples == 0:
-                del self._open[id(request)]
+                del self._open[id(seq.group)]
+                self._observe_end(handle)
 
     def _publish(self) -> None:
         """One callback for all that the step brought, and a new snapshot."""

@@ -32,7 +32,7 @@ from xllm.protocol import (
 )
 
 if TYPE_CHECKING:
-    from xllm.cache.loads import LoadTicket
+    from xllm.cache.loads import LoadSpan, LoadTicket
     from xllm.cache.store_tier import StoreQuestion
     from xllm.engine.sampler import TokenHistory
 
@@ -60,6 +60,7 @@ class Sequence:
         "index",
         "is_begun",
         "load",
+        "loads",
         "num_committed_blocks",
         "num_computed_tokens",
         "num_written_tokens",
@@ -71,6 +72,7 @@ class Sequence:
         "sampling",
         "state",
         "token_ids",
+        "trace",
     )
 
     def __init__(self, request: GenerateRequest, index: int, arrival: float) -> None:
@@ -98,6 +100,10 @@ class Sequence:
         """While LOADING."""
         self.question: StoreQuestion | None = None
         """Asked once: what the shared store has of the prompt."""
+        self.loads: list[LoadSpan] = []
+        """Of all admissions; the samples of a request share it."""
+        self.trace = ""
+        """Whose children the spans of fetches are."""
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.num_committed_blocks = 0

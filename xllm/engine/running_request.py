@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xllm.engine.timeline import Timeline
 from xllm.errors import RequestError
 from xllm.protocol import GenerateRequest, TokenDelta
+from xllm.tracing import NO_SPAN
 
 Listener = Callable[[TokenDelta | RequestError], None]
 
@@ -20,18 +22,24 @@ class RunningRequest:
         "num_open_samples",
         "num_running_samples",
         "request",
+        "span",
+        "timeline",
     )
 
     def __init__(
         self,
         request: GenerateRequest,
         listener: Listener,
+        timeline: Timeline,
         *,
         on_cancel: Callable[[RunningRequest], None],
         on_end: Callable[[RunningRequest], None],
     ) -> None:
         self.request = request
         self.listener: Listener | None = listener
+        self.timeline = timeline
+        """The engine thread's."""
+        self.span = NO_SPAN
         self.num_open_samples = request.n
         """As the event loop has seen."""
         self.num_running_samples = request.n

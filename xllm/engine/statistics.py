@@ -10,7 +10,8 @@ from xllm.cache.tiers import Tiers, TiersStatistics
 from xllm.engine.load_meter import LoadMeter
 from xllm.engine.scheduler import StepPlan
 from xllm.engine.step_cost import decode_work
-from xllm.protocol import PrefillCost
+from xllm.engine.timeline import Timeline
+from xllm.protocol import GenerateRequest, PrefillCost
 
 RATE_PROMPT_TOKENS = 512
 """Length of the prompt whose rate is reported."""
@@ -24,6 +25,10 @@ class EngineObserver(Protocol):
         ...
 
     def step_done(self, plan: StepPlan, seconds: float) -> None: ...
+
+    def request_ended(self, request: GenerateRequest, timeline: Timeline) -> None:
+        """However it ended; the timeline does not change any more."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,8 +67,11 @@ class CostAware:
         clock: Callable[[], float],
         policy: Policy | None = None,
         targets: Targets | None = None,
+        name: str = "CAR",
     ) -> None:
-        """`policy` chooses instead of the costs; with `targets`, who keeps them does."""
+        """`policy` chooses instead of the costs; with `targets`, who keeps them does. `name` is for
+        metrics."""
+        self.name = name
         self._index = index
         self._root_of = root_of
         self._clock = clock
@@ -217,7 +220,8 @@ def make_router(
             f"--load_balance_policy={name}: expected one of {', '.join(POLICY_NAMES)}"
         )
     policy = POLICIES[name]() if name in POLICIES else None
-    return CostAware(index, root_of, clock, policy, targets if name == "SLO_AWARE" else None)
+    kept = targets if name == "SLO_AWARE" else None
+    return CostAware(index, root_of, clock, policy, kept, name)
 
 
 def describe(estimate: Estimate) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -21,7 +22,15 @@ from xllm.errors import (
     UnknownModel,
     WorkerLost,
 )
-from xllm.protocol import GenerateRequest, ModelCard, TokenDelta, WorkerId, WorkerInfo, WorkerLoad
+from xllm.protocol import (
+    TIER_NAMES,
+    GenerateRequest,
+    ModelCard,
+    TokenDelta,
+    WorkerId,
+    WorkerInfo,
+    WorkerLoad,
+)
 from xllm.roles.admission import MIN_QUEUED
 from xllm.roles.car_policy import MAX_RETRY_AFTER_S, NO_PEERS, CostAware, CostRoute, Peers
 from xllm.roles.delta_queue import Listener
@@ -32,6 +41,7 @@ from xllm.roles.routed_generation import Placed, RoutedGeneration
 from xllm.roles.stream_client import StreamRequest, WorkerStream
 from xllm.telemetry import Metrics
 from xllm.tokenizer import Tokenizer
+from xllm.tracing import OFF, Attribute, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +62,12 @@ class ClusterBackend:
         tokenizer: Tokenizer | None = None,
         limits: RoutingConfig | None = None,
         on_sent: Callable[[GenerateRequest, CostRoute], None] = lambda *_: None,
+        tracer: Tracer = OFF,
     ) -> None:
         """Without a `tokenizer` for all models, each model's comes from its workers. `on_sent` is
         told of each attempt."""
         self._on_sent = on_sent
+        self._tracer = tracer
         self._registry = registry
         self._router = router
         self._metrics = metrics
@@ -156,7 +168,7 @@ class ClusterBackend:
             candidates = self._registry.candidates(request.model_id, excluded)
             if request.attempt == 0:
                 candidates = self._admitting(candidates)
-            route = self._router.route(request, candidates, self._peers(request.model_id))
+            route = self._route(request, candidates)
             followed = _Followed(self._router, self._metrics, route, request.n, listener)
             # Each attempt has its own: whoever served blocks to the last one may be gone.
             sent = replace(request, fetch=list(route.fetch)) if route.fetch else request
@@ -168,10 +180,53 @@ class ClusterBackend:
             self._router.dispatched(route)
             self._on_sent(request, route)
             self._metrics.requests_routed.inc()
-            if route.fetch:
-                self._metrics.route_fetches.inc()
+            self._count(route)
             followed.running = opened
             return Placed(route.worker_id, followed.cancel)
+
+    def _route(self, request: GenerateRequest, candidates: list[Candidate]) -> CostRoute:
+        """Raises: Overloaded."""
+        span = self._tracer.start("route", request.traceparent)
+        started_at = time.perf_counter()
+        try:
+            route = self._router.route(request, candidates, self._peers(request.model_id))
+        except Overloaded as error:
+            self._metrics.route_decisions.labels(self._router.name, "refused").inc()
+            span.end(error=error.message)
+            raise
+        finally:
+            self._metrics.route_seconds.observe(time.perf_counter() - started_at)
+        if self._tracer.is_on:
+            span.set(self._described(request, route))
+            span.end()
+        return route
+
+    def _described(self, request: GenerateRequest, route: CostRoute) -> dict[str, Attribute]:
+        return {
+            "xllm.policy": self._router.name,
+            "xllm.attempt": request.attempt,
+            "xllm.worker_id": route.worker_id,
+            "xllm.estimated_ttft_s": route.estimate.parts.ttft_s,
+            "xllm.fetched_blocks": sum(fetch.count for fetch in route.fetch),
+            **{
+                f"xllm.matched_blocks.{tier}": num_blocks
+                for tier, num_blocks in zip(TIER_NAMES, route.estimate.prefix, strict=True)
+                if num_blocks
+            },
+        }
+
+    def _count(self, route: CostRoute) -> None:
+        """A route that was taken."""
+        metrics, prefix = self._metrics, route.estimate.prefix
+        if route.fetch:
+            metrics.route_fetches.inc()
+            outcome = "fetch"
+        else:
+            outcome = "cached" if any(prefix) else "uncached"
+        metrics.route_decisions.labels(self._router.name, outcome).inc()
+        for tier, num_blocks in zip(TIER_NAMES, prefix, strict=True):
+            if num_blocks:
+                metrics.route_matched_blocks.labels(tier).inc(num_blocks)
 
     def explain(self, request: GenerateRequest) -> list[dict[str, Any]]:
         """What every worker would cost that may get the request, who would get it first.

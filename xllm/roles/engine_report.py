@@ -9,7 +9,8 @@ from typing import Protocol
 
 from xllm.engine.scheduler import StepPlan
 from xllm.engine.statistics import EngineStatistics
-from xllm.protocol import Epoch, Watermark, WorkerLoad
+from xllm.engine.timeline import Timeline
+from xllm.protocol import Epoch, GenerateRequest, Watermark, WorkerLoad
 from xllm.roles.load_report import make_load
 from xllm.roles.tier_report import collect_tiers, tiers_status
 from xllm.telemetry import Metrics
@@ -25,6 +26,11 @@ class StepMetrics:
     def __init__(self, metrics: Metrics) -> None:
         self._queue_time = metrics.request_queue_time_seconds
         self._rows = metrics.iteration_tokens
+        self._load_time = metrics.request_load_time_seconds
+        self._computed = metrics.request_prefill_kv_computed_tokens
+        self._prefill_time = metrics.request_prefill_time_seconds
+        self._decode_time = metrics.request_decode_time_seconds
+        self._inference_time = metrics.request_inference_time_seconds
         self._step = {
             phase: metrics.step_seconds.labels(phase) for phase in ("prefill", "decode", "mixed")
         }
@@ -39,6 +45,18 @@ class StepMetrics:
             phase = "mixed" if plan.num_decodes else "prefill"
         self._step[phase].observe(seconds)
         self._rows.observe(plan.num_tokens)
+
+    def request_ended(self, request: GenerateRequest, timeline: Timeline) -> None:
+        if timeline.loads:
+            self._load_time.observe(timeline.load_s)
+        if timeline.prefill_s is not None:
+            self._prefill_time.observe(timeline.prefill_s)
+            num_cached = sum(timeline.cached_tokens.values())
+            self._computed.observe(timeline.num_prompt_tokens - num_cached)
+        if timeline.decode_s is not None:
+            self._decode_time.observe(timeline.decode_s)
+        if timeline.inference_s is not None:
+            self._inference_time.observe(timeline.inference_s)
 
 
 class ReportedEngine(Protocol):

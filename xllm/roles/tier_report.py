@@ -46,10 +46,26 @@ def collect_tiers(metrics: Metrics, before: EngineStatistics, now: EngineStatist
         now.num_used_blocks + now.num_cached_blocks
     )
     metrics.tier_evictions.labels(TierName.DEVICE).inc(now.num_evictions - before.num_evictions)
-    for tier, tokens in now.hit_tokens_by_tier.items():
-        metrics.tier_hits.labels(tier).inc(tokens - before.hit_tokens_by_tier.get(tier, 0))
+    # A prompt asks the next tier for what those before it did not have.
+    num_asked = now.queried_tokens - before.queried_tokens
+    for tier in TierName:
+        hits = now.hit_tokens_by_tier.get(tier, 0) - before.hit_tokens_by_tier.get(tier, 0)
+        if hits or _has(now, tier):
+            metrics.tier_queries.labels(tier).inc(num_asked)
+            metrics.tier_hits.labels(tier).inc(hits)
+            num_asked = max(0, num_asked - hits)
     if now.tiers is not None:
         _collect_lower(metrics, before.tiers, now.tiers)
+
+
+def _has(statistics: EngineStatistics, tier: TierName) -> bool:
+    """Prompts look there now."""
+    if tier is TierName.DEVICE:
+        return True
+    tiers = statistics.tiers
+    if tier is TierName.REMOTE:
+        return tiers is not None and tiers.peers is not None
+    return tiers is not None and tier in tiers.tables
 
 
 def tiers_status(before: EngineStatistics, now: EngineStatistics) -> str:

@@ -44,6 +44,7 @@ from xllm.roles.worker_duties import run_duties
 from xllm.security.trust import ANYBODY, Trust
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer, read_tokenizer_files
+from xllm.tracing import make_tracer
 
 if TYPE_CHECKING:
     from xllm.roles.loading import LoadedModel
@@ -137,9 +138,12 @@ class _Worker:
         self._drain_timeout_s = config.drain_timeout
         self._drain_asked_for = asyncio.Event()
         self._main_socket = main_socket
-        self._operator_socket = operator_socket
         self._block_socket = block_socket
         """Where peers fetch blocks; None: there are none."""
+        # A registration may be written anew while the process stops, when sockets are closed.
+        self._port = bound_port(main_socket)
+        self._operator_bound = (operator_socket.getsockname()[0], bound_port(operator_socket))
+        self._block_port = None if block_socket is None else bound_port(block_socket)
 
     async def serve_masters(self, tasks: asyncio.TaskGroup) -> None:
         config = self.config
@@ -149,10 +153,13 @@ class _Worker:
             keys = Keys(config.etcd.etcd_namespace)
             host = await advertised_host(config.net, client.addresses.split(","))
             worker_id = self._worker_id(host)
+            tracer = make_tracer(config.trace, "worker", worker_id)
+            stack.push_async_callback(asyncio.to_thread, tracer.close)
             await client.connect(ETCD_WAIT_S)
             peer_id = None if self._block_socket is None else worker_id
             trust = self._guards.trust("blocks")
             model = await asyncio.to_thread(_load_model, config, host, self.metrics, peer_id, trust)
+            model.use_tracer(tracer)
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
@@ -232,15 +239,19 @@ class _Worker:
         """The public API over the own engine; it answers 503 until the model is loaded."""
         config = self.config
         host = config.net.advertise_host or config.net.host
-        backend = LocalBackend(self._worker_id(host))
-        app = build_app(backend, config.api, self.metrics, self._guards.api)
+        worker_id = self._worker_id(host)
+        backend = LocalBackend(worker_id)
+        tracer = make_tracer(config.trace, "worker", worker_id)
+        app = build_app(backend, config.api, self.metrics, self._guards.api, tracer=tracer)
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, tracer.close)
             # The engine outlives the API, whose shutdown lets running requests end.
             engine_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
             await stack.enter_async_context(
                 serve(make_runner(app), self._main_socket, self.client_tls)
             )
             model = await asyncio.to_thread(_load_model, config, host, self.metrics)
+            model.use_tracer(tracer)
             await engine_stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
             backend.open(model.card, model.engine, tokenizer)
@@ -261,6 +272,15 @@ class _Worker:
         await engine.start()
         try:
             self.operator.add_collector(report.collect)
+            runner = model.runner
+            sizes = {
+                "block_size": runner.block_size,
+                "block_bytes": runner.block_bytes,
+                "num_blocks": runner.num_blocks,
+                "max_model_len": runner.max_model_len,
+            }
+            labels = {name: str(size) for name, size in sizes.items()}
+            self.metrics.cache_config.info(labels | {"kv_dtype": runner.kv_dtype})
             tasks.create_task(report.log_status())
             self.cache_port.open(engine, model.card, partial(Tokenizer.from_folder, model.folder))
             yield report
@@ -268,13 +288,12 @@ class _Worker:
             await engine.stop()
 
     def _address(self, host: str) -> str:
-        return join_host_port(host, bound_port(self._main_socket))
+        return join_host_port(host, self._port)
 
     def _operator_address(self, host: str) -> str:
-        bound = self._operator_socket.getsockname()[0]
+        bound_host, port = self._operator_bound
         return join_host_port(
-            self._guards.operator_address_host(bound, self.config.net, host),
-            bound_port(self._operator_socket),
+            self._guards.operator_address_host(bound_host, self.config.net, host), port
         )
 
     def _worker_id(self, host: str) -> WorkerId:
@@ -298,9 +317,7 @@ class _Worker:
             address=self._address(host),
             operator_address=self._operator_address(host),
             block_address=(
-                ""
-                if self._block_socket is None
-                else join_host_port(host, bound_port(self._block_socket))
+                "" if self._block_port is None else join_host_port(host, self._block_port)
             ),
             model=model.card,
             fingerprint=runner.fingerprint,

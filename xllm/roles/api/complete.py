@@ -22,6 +22,7 @@ from xllm.roles.api.sample import Part, Sample, TextOptions
 from xllm.roles.api.sse import DONE, EventStream, event
 from xllm.telemetry import Metrics
 from xllm.tokenizer import Tokenizer
+from xllm.tracing import NO_SPAN, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class Job:
     """`time.monotonic()` when the HTTP request came in."""
     take_output: Callable[[int], None] = lambda num_tokens: None
     """Is told of output tokens as they come."""
+    span: Span = NO_SPAN
+    """Of the HTTP request."""
 
 
 async def respond_whole(job: Job, generations: Generations, metrics: Metrics) -> web.Response:
@@ -97,6 +100,7 @@ class _Answer:
             self._first.append(len(self.samples))
             self.samples += [self._new_sample(prompt) for _ in range(request.n)]
         self._num_unfinished = len(self.samples)
+        self._first_token_at: list[float | None] = [None] * len(self.samples)
         self._last_token_at: list[float | None] = [None] * len(self.samples)
         self._has_tokens = False
 
@@ -127,6 +131,7 @@ class _Answer:
         now = time.monotonic()
         if not self._has_tokens:
             self._has_tokens = True
+            self._job.span.set({"xllm.ttft_s": now - self._job.received_at})
             self._metrics.time_to_first_token_seconds.observe(now - self._job.received_at)
         parts = []
         for number, delta in deltas:
@@ -156,8 +161,27 @@ class _Answer:
         metrics.e2e_request_latency_seconds.observe(time.monotonic() - self._job.received_at)
         for prompt in self._job.prompts:
             metrics.request_prompt_tokens.observe(len(prompt.token_ids))
-        for sample in self.samples:
+        for sample, first, last in zip(
+            *(self.samples, self._first_token_at, self._last_token_at), strict=True
+        ):
             metrics.request_generation_tokens.observe(sample.num_tokens)
+            if first is not None and last is not None and sample.num_tokens > 1:
+                tpot_s = (last - first) / (sample.num_tokens - 1)
+                metrics.request_time_per_output_token_seconds.observe(tpot_s)
+        usage = self.usage
+        self._job.span.set(
+            {
+                "gen_ai.request.model": self._job.requests[0].model_id,
+                "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                "gen_ai.usage.output_tokens": usage.completion_tokens,
+                "xllm.cached_tokens": usage.cached_tokens,
+            }
+        )
+        for tier, num_tokens in usage.cached_tokens_by_tier.items():
+            metrics.request_cached_tokens.labels(tier).inc(num_tokens)
+        for request in self._job.requests:
+            metrics.request_params_n.observe(request.n)
+            metrics.request_params_max_tokens.observe(request.sampling.max_tokens)
 
     def _new_sample(self, prompt: Prompt) -> Sample:
         job = self._job
@@ -173,7 +197,9 @@ class _Answer:
 
     def _observe_gap(self, choice: int, now: float) -> None:
         last, self._last_token_at[choice] = self._last_token_at[choice], now
-        if last is not None:
+        if last is None:
+            self._first_token_at[choice] = now
+        else:
             self._metrics.inter_token_latency_seconds.observe(now - last)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -313,7 +314,6 @@ async def test_an_agent_that_is_killed_comes_back(pool: MooncakePool, tiny_llama
 async def test_a_store_that_cannot_be_had_is_a_miss(
     tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether the package is there or not."""
     nobody = MooncakePool(tmp_path)
     async with working(tiny_llama, nobody.store) as worker:
         cold, cached = await worker.generate(PROMPT)
@@ -322,6 +322,27 @@ async def test_a_store_that_cannot_be_had_is_a_miss(
         assert await worker.generate(PROMPT) == (cold, {"device": NUM_CACHED})
         await worker.settle()
     assert any("store_detached" in record.message for record in caplog.records)
+
+
+async def test_a_package_that_cannot_be_loaded_is_a_miss(
+    tmp_path: Path,
+    tiny_llama: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = tmp_path / "mooncake"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libibverbs.so.1: no such file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as master:
+        address = f"127.0.0.1:{master.getsockname()[1]}"
+        store = replace(MooncakePool(tmp_path).store, master_server_address=address)
+        async with working(tiny_llama, store) as worker:
+            await worker.until(lambda: worker.store.statistics().num_detachments > 0)
+            cold, cached = await worker.generate(PROMPT)
+            assert cached == {}
+            assert await worker.generate(PROMPT) == (cold, {"device": NUM_CACHED})
+    assert "libibverbs.so.1" in caplog.text
 
 
 async def test_a_worker_lends_memory_to_the_pool(

@@ -1,4 +1,5 @@
-"""What `scripts/quickstart` runs once xllm is installed: a cluster of three processes.
+"""What `scripts/quickstart` runs once xllm is installed: a cluster of three processes, and with
+--store two more: a mooncake_master, and a process that lends a shared pool its memory.
 
 Each process is in a session of its own, so that Ctrl-C reaches this script alone, which then ends
 them in order: workers, which deregister, before the master, whose embedded etcd ends with it.
@@ -7,6 +8,8 @@ them in order: workers, which deregister, before the master, whose embedded etcd
 from __future__ import annotations
 
 import argparse
+import ctypes.util
+import importlib.util
 import json
 import os
 import shlex
@@ -31,6 +34,10 @@ HTTP_PORT = 8888
 OPERATOR_PORT = 8889
 WORKER_PORTS = (8010, 8011)
 NUM_WORKERS = len(WORKER_PORTS)
+STORE_PORT = 50051
+STORE_HTTP_PORT = 9003
+POOL_PORT = 50052
+POOL_BYTES = 1 << 30
 URL = f"http://127.0.0.1:{HTTP_PORT}"
 
 QUESTION = "What is the capital of France? Answer in one sentence."
@@ -72,13 +79,16 @@ def say(line: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the answer: 0 if right")
+    parser.add_argument(
+        "--store", action="store_true", help="with a shared pool, which outlives the workers"
+    )
     options = parser.parse_args()
     # Whoever ends this script also wants its processes to end.
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     processes: list[Process] = []
     try:
-        return run(processes, once=options.once)
+        return run(processes, once=options.once, with_store=options.store)
     except KeyboardInterrupt:
         return 0 if not options.once else 130
     except (QuickstartError, ConfigError) as error:
@@ -92,13 +102,15 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def run(processes: list[Process], *, once: bool) -> int:
-    check_tools_and_ports()
+def run(processes: list[Process], *, once: bool, with_store: bool) -> int:
+    check_tools_and_ports(with_store=with_store)
     resolve_model(None, progress=say)
     logs = Path(tempfile.mkdtemp(prefix="xllm-quickstart-"))
-    say(f"starting etcd, a master and {NUM_WORKERS} workers; logs in {logs}")
+    pool = " and a shared pool" if with_store else ""
+    say(f"starting etcd, a master, {NUM_WORKERS} workers{pool}; logs in {logs}")
     started_at = time.monotonic()
-    start_cluster(processes, logs)
+    store_flags = start_pool(processes, logs) if with_store else []
+    start_cluster(processes, logs, store_flags)
     wait_until_ready(processes)
     say(f"ready after {time.monotonic() - started_at:.0f} s")
 
@@ -119,10 +131,15 @@ def run(processes: list[Process], *, once: bool) -> int:
         time.sleep(1.0)
 
 
-def check_tools_and_ports() -> None:
+def check_tools_and_ports(*, with_store: bool) -> None:
+    if with_store and importlib.util.find_spec("mooncake") is None:
+        raise QuickstartError("mooncake is missing: pip install '.[mooncake]'")
+    if with_store and ctypes.util.find_library("ibverbs") is None:
+        raise QuickstartError("libibverbs1 is missing: apt install libibverbs1")
     if shutil.which("curl") is None:
         raise QuickstartError("curl is missing; install it with your package manager")
-    for port in (HTTP_PORT, OPERATOR_PORT, *WORKER_PORTS):
+    store_ports = (STORE_PORT, STORE_HTTP_PORT, POOL_PORT) if with_store else ()
+    for port in (HTTP_PORT, OPERATOR_PORT, *WORKER_PORTS, *store_ports):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -134,22 +151,45 @@ def check_tools_and_ports() -> None:
                 ) from error
 
 
-def start_cluster(processes: list[Process], logs: Path) -> None:
+def launch(processes: list[Process], logs: Path, name: str, health_url: str, *command: str) -> None:
+    """`health_url`: empty for one that has none."""
+    log_path = logs / f"{name}.log"
+    with log_path.open("wb") as log:
+        popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    processes.append(Process(name, popen, log_path, health_url))
+
+
+def start_pool(processes: list[Process], logs: Path) -> list[str]:
+    """-> the flags of workers that use it."""
+    programs = Path(sys.executable).parent
+    address = f"127.0.0.1:{STORE_PORT}"
+    launch(
+        *(processes, logs, "store-master", f"http://127.0.0.1:{STORE_HTTP_PORT}/health"),
+        *(str(programs / "mooncake_master"), f"-rpc_port={STORE_PORT}"),
+        *(f"-metrics_port={STORE_HTTP_PORT}", "-metrics_host=127.0.0.1"),
+    )
+    launch(
+        *(processes, logs, "store-memory", "", str(programs / "mooncake_client")),
+        *(f"-master_server_address={address}", "-metadata_server=P2PHANDSHAKE"),
+        *("-host=127.0.0.1", "-protocol=tcp", f"-port={POOL_PORT}"),
+        f"-global_segment_size={POOL_BYTES} B",
+    )
+    return ["--enable_kvcache_store", f"--store_master_server_address={address}"]
+
+
+def start_cluster(processes: list[Process], logs: Path, worker_flags: list[str]) -> None:
     """Starts all at once: whoever comes before etcd waits for it."""
     num_threads = max(1, len(os.sched_getaffinity(0)) // NUM_WORKERS)
     cache_bytes = min(MAX_CACHE_BYTES, available_memory_bytes() // 4) // NUM_WORKERS
 
     def start(name: str, health_url: str, *flags: str) -> None:
-        log_path = logs / f"{name}.log"
-        with log_path.open("wb") as log:
-            popen = subprocess.Popen(
-                [sys.executable, "-m", "xllm", *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        processes.append(Process(name, popen, log_path, health_url))
+        launch(processes, logs, name, health_url, sys.executable, "-m", "xllm", *flags)
 
     start(
         *("master", f"{URL}/health"),
@@ -162,7 +202,7 @@ def start_cluster(processes: list[Process], logs: Path) -> None:
             *(f"worker-{number}", f"http://127.0.0.1:{operator_port}/health"),
             *("--role=worker", f"--port={port}", f"--rpc_server_port={operator_port}"),
             *("--enable_cache_upload=true", f"--num_threads={num_threads}"),
-            f"--max_cache_size={cache_bytes}",
+            *(f"--max_cache_size={cache_bytes}", *worker_flags),
         )
 
 
@@ -179,7 +219,11 @@ def wait_until_ready(processes: list[Process]) -> None:
     while waiting:
         for process in processes:
             process.check()
-        waiting = [process for process in waiting if not is_healthy(process.health_url)]
+        waiting = [
+            process
+            for process in waiting
+            if process.health_url and not is_healthy(process.health_url)
+        ]
         now = time.monotonic()
         names = ", ".join(process.name for process in waiting)
         if waiting and now - started_at > READY_TIMEOUT_S:
@@ -238,10 +282,10 @@ def ask(command: list[str]) -> str:
 
 def stop(processes: list[Process]) -> None:
     """Ends every process; a second Ctrl-C kills what is left."""
-    workers = [process for process in processes if process.name != "master"]
-    masters = [process for process in processes if process.name == "master"]
+    workers = [process for process in processes if process.name.startswith("worker")]
+    rest = [process for process in processes if process not in workers]
     try:
-        for group in (workers, masters):
+        for group in (workers, rest):
             end_all(group, lambda popen: popen.terminate())
     except (KeyboardInterrupt, subprocess.TimeoutExpired):
         say("killing what has not ended")

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from xllm.cache.store_process import StoreAddress
+
 START_TIMEOUT_S = 30.0
 
 
@@ -44,6 +46,18 @@ class MooncakePool:
     def address(self) -> str:
         """Of the master."""
         return f"127.0.0.1:{self._port}"
+
+    @property
+    def store(self) -> StoreAddress:
+        """What a worker of this machine is told that lends the pool nothing."""
+        return StoreAddress(
+            protocol="tcp",
+            master_server_address=self.address,
+            metadata_server="P2PHANDSHAKE",
+            local_hostname="127.0.0.1",
+            segment_size=0,
+            replica_num=1,
+        )
 
     def start(self) -> None:
         """Raises: TimeoutError."""

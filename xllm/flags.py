@@ -248,7 +248,7 @@ def help_text(role: str | None = None) -> str:
 
 def _flag_help(flag: Flag) -> list[str]:
     spelling = f"--[no]{flag.name}" if flag.type.is_boolean else f"--{flag.name}={flag.type.shape}"
-    text = f"{flag.help} Default: {_default_text(flag)}."
+    text = f"{flag.help} Default: {default_text(flag)}."
     indent = " " * 8
     lines = textwrap.wrap(
         text, 92, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
@@ -256,7 +256,8 @@ def _flag_help(flag: Flag) -> list[str]:
     return [f"    {spelling}", *lines]
 
 
-def _default_text(flag: Flag) -> str:
+def default_text(flag: Flag) -> str:
+    """The default as people write it."""
     if flag.default is not None:
         return flag.default
     if flag.config is None:

@@ -8,6 +8,7 @@ from tests.fuzz.block_targets import FetchingEndTarget, ServingEndTarget
 from tests.fuzz.cache_targets import EventTarget, IndexTarget, SlabTarget
 from tests.fuzz.etcd_targets import RegistryTarget, SealTarget, WordTarget
 from tests.fuzz.runner import Target
+from tests.fuzz.store_targets import StoreObjectTarget
 from tests.fuzz.stream_targets import FrameTarget, MasterEndTarget, WorkerEndTarget
 from tests.fuzz.text_targets import BodyTarget, FlagTarget
 
@@ -20,6 +21,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "events": EventTarget,
     "index": IndexTarget,
     "slab": SlabTarget,
+    "store_objects": StoreObjectTarget,
     "registry": RegistryTarget,
     "words": WordTarget,
     "seals": SealTarget,

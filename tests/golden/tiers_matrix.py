@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tests.golden.fixtures import NUM_OUTPUT_TOKENS, load_golden_prompts
 from tests.golden.matrix import CHUNKED, UNCHUNKED, run_prompts
+from tests.mooncake_pool import MooncakePool
+from xllm.cache.store_process import StoreAddress
 from xllm.cache.stores import DiskWritePolicy
 from xllm.cache.tier import TierName
 from xllm.config import EngineConfig
@@ -38,6 +40,40 @@ FROM_DEVICE = Stage("device", (), DEVICE)
 FROM_HOST = Stage("host", (DEVICE,), HOST)
 FROM_DISK = Stage("disk", (DEVICE, HOST), DISK)
 RESTARTED = Stage("restart", (), DISK)
+
+
+FROM_STORE = Stage("store", (DEVICE, HOST, DISK), TierName.REMOTE)
+WIPED = Stage("wiped", (), TierName.REMOTE)
+
+
+def run_store_matrix(model_folder: Path) -> int:
+    """The same over a pool on Mooncake Store, also by engines whose disk is empty; the exit
+    status."""
+    return asyncio.run(_run_store(model_folder))
+
+
+async def _run_store(model_folder: Path) -> int:
+    num_wrong = 0
+    for config, together in ((UNCHUNKED, False), (CHUNKED, True)):
+        with tempfile.TemporaryDirectory(prefix="xllm-golden-") as directory:
+            pool = MooncakePool(Path(directory), 4 << 30)
+            try:
+                await asyncio.to_thread(pool.start)
+                for turn, stages in enumerate(([COLD, FROM_STORE], [WIPED, FROM_STORE])):
+                    tiered = replace(
+                        config,
+                        disk_cache_dir=f"{directory}/{turn}",
+                        disk_cache_size=2 << 30,
+                        prefetch_timeout=600_000,
+                    )
+                    label = f"store  {'batched' if together else 'alone':7}"
+                    async with _running(tiered, model_folder, pool.store) as engine:
+                        for stage in stages:
+                            num_wrong += await _check(engine, stage, label, together=together)
+            finally:
+                pool.close()
+    print("golden store: " + ("identical" if num_wrong == 0 else f"{num_wrong} differences"))
+    return 1 if num_wrong else 0
 
 
 def run_tiers_matrix(model_folder: Path) -> int:
@@ -108,13 +144,18 @@ async def _check(engine: Engine, stage: Stage, label: str, *, together: bool) ->
 
 
 @asynccontextmanager
-async def _running(config: EngineConfig, model_folder: Path) -> AsyncIterator[Engine]:
+async def _running(
+    config: EngineConfig, model_folder: Path, store: StoreAddress | None = None
+) -> AsyncIterator[Engine]:
     def make() -> Engine:
         runner = Runner(config, model_folder)
-        return Engine(runner, LowerTiersFactory(runner))
+        return Engine(runner, LowerTiersFactory(runner, store=store))
 
     engine = await asyncio.to_thread(make)
     await engine.start()
+    shared = None if engine.tiers is None else engine.tiers.store
+    while shared is not None and not await engine.call(lambda: shared.is_attached):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
     try:
         yield engine
     finally:

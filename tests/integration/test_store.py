@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.golden.fixtures import load_golden_prompts
+from tests.golden.matrix import CHUNKED, run_prompts
 from tests.golden.tiny_models import prompt_ids
 from tests.mooncake_pool import MooncakePool, why_not
 from xllm.cache.store_object import key_of
@@ -53,7 +57,7 @@ def needs_store() -> None:
 
 @pytest.fixture(scope="module")
 def pool(needs_store: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MooncakePool]:
-    pool = MooncakePool(tmp_path_factory.mktemp("pool"), 64 << 20)
+    pool = MooncakePool(tmp_path_factory.mktemp("pool"), 256 << 20)
     try:
         pool.start()
         yield pool
@@ -70,17 +74,6 @@ def own_pool(needs_store: None, tmp_path: Path) -> Iterator[MooncakePool]:
         yield pool
     finally:
         pool.close()
-
-
-def address(pool: MooncakePool, segment_size: int = 0) -> StoreAddress:
-    return StoreAddress(
-        protocol="tcp",
-        master_server_address=pool.address,
-        metadata_server="P2PHANDSHAKE",
-        local_hostname="127.0.0.1",
-        segment_size=segment_size,
-        replica_num=1,
-    )
 
 
 class Worker:
@@ -166,7 +159,7 @@ async def working(
 
 
 async def test_blocks_outlive_their_workers(pool: MooncakePool, tiny_llama: Path) -> None:
-    async with working(tiny_llama, address(pool)) as first:
+    async with working(tiny_llama, pool.store) as first:
         await first.attached()
         cold, cached = await first.generate(PROMPT)
         assert cached == {}
@@ -174,7 +167,7 @@ async def test_blocks_outlive_their_workers(pool: MooncakePool, tiny_llama: Path
         assert first.store.counters.num_stored == 12
         await first.clear_device()
         assert await first.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
-    async with working(tiny_llama, address(pool)) as second:
+    async with working(tiny_llama, pool.store) as second:
         await second.attached()
         assert await second.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
         assert second.store.counters.num_asks == 1
@@ -184,7 +177,7 @@ async def test_blocks_outlive_their_workers(pool: MooncakePool, tiny_llama: Path
 async def test_a_block_is_asked_for_by_its_name_and_salt(
     pool: MooncakePool, tiny_llama: Path
 ) -> None:
-    async with working(tiny_llama, address(pool)) as worker:
+    async with working(tiny_llama, pool.store) as worker:
         await worker.attached()
         cold, _ = await worker.generate(PROMPT, salt="a")
         await worker.settle()
@@ -195,7 +188,7 @@ async def test_a_block_is_asked_for_by_its_name_and_salt(
 
 async def test_damaged_and_evicted_objects_are_misses(pool: MooncakePool, tiny_llama: Path) -> None:
     prompt = prompt_ids(200, VOCAB, seed=1)
-    async with working(tiny_llama, address(pool)) as worker:
+    async with working(tiny_llama, pool.store) as worker:
         await worker.attached()
         cold, _ = await worker.generate(prompt)
         await worker.settle()
@@ -216,14 +209,14 @@ async def test_damaged_and_evicted_objects_are_misses(pool: MooncakePool, tiny_l
 
 
 async def test_clear_and_lookup(pool: MooncakePool, tiny_llama: Path) -> None:
-    async with working(tiny_llama, address(pool)) as worker:
+    async with working(tiny_llama, pool.store) as worker:
         await worker.attached()
         engine = worker.engine
         cold, _ = await worker.generate(PROMPT)
         await worker.settle()
         await worker.clear_device()
         names = await engine.call(lambda: engine.kv_cache.name_prompt(PROMPT, ""))
-        async with working(tiny_llama, address(pool)) as other:
+        async with working(tiny_llama, pool.store) as other:
             await other.attached()
             found = await look_up(other.engine, names)
             assert found.held_by_tier == {TierName.DEVICE: 0, TierName.REMOTE: NUM_CACHED}
@@ -244,7 +237,7 @@ async def test_clear_and_lookup(pool: MooncakePool, tiny_llama: Path) -> None:
 async def test_a_master_that_dies_costs_misses_until_it_is_back(
     own_pool: MooncakePool, tiny_llama: Path
 ) -> None:
-    async with working(tiny_llama, address(own_pool)) as worker:
+    async with working(tiny_llama, own_pool.store) as worker:
         await worker.attached()
         cold, _ = await worker.generate(PROMPT)
         await worker.settle()
@@ -268,7 +261,7 @@ async def test_a_master_that_dies_costs_misses_until_it_is_back(
 
 
 async def test_a_frozen_master_holds_up_nobody(own_pool: MooncakePool, tiny_llama: Path) -> None:
-    async with working(tiny_llama, address(own_pool)) as worker:
+    async with working(tiny_llama, own_pool.store) as worker:
         await worker.attached()
         cold, _ = await worker.generate(PROMPT)
         await worker.settle()
@@ -291,7 +284,7 @@ async def test_a_full_pool_takes_no_more(
     pool = MooncakePool(tmp_path)
     try:
         pool.start_master()  # and nobody who lends memory
-        async with working(tiny_llama, address(pool)) as worker:
+        async with working(tiny_llama, pool.store) as worker:
             await worker.attached()
             cold, _ = await worker.generate(PROMPT)
             await worker.settle()
@@ -305,7 +298,7 @@ async def test_a_full_pool_takes_no_more(
 
 
 async def test_an_agent_that_is_killed_comes_back(pool: MooncakePool, tiny_llama: Path) -> None:
-    async with working(tiny_llama, address(pool)) as worker:
+    async with working(tiny_llama, pool.store) as worker:
         await worker.attached()
         cold, _ = await worker.generate(PROMPT)
         await worker.settle()
@@ -321,9 +314,8 @@ async def test_an_agent_that_is_killed_comes_back(pool: MooncakePool, tiny_llama
 async def test_a_store_that_cannot_be_had_is_a_miss(
     tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether the package is there or not."""
     nobody = MooncakePool(tmp_path)
-    async with working(tiny_llama, address(nobody)) as worker:
+    async with working(tiny_llama, nobody.store) as worker:
         cold, cached = await worker.generate(PROMPT)
         assert cached == {}
         await worker.until(lambda: worker.store.statistics().num_detachments > 0)
@@ -332,15 +324,36 @@ async def test_a_store_that_cannot_be_had_is_a_miss(
     assert any("store_detached" in record.message for record in caplog.records)
 
 
+async def test_a_package_that_cannot_be_loaded_is_a_miss(
+    tmp_path: Path,
+    tiny_llama: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = tmp_path / "mooncake"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libibverbs.so.1: no such file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as master:
+        address = f"127.0.0.1:{master.getsockname()[1]}"
+        store = replace(MooncakePool(tmp_path).store, master_server_address=address)
+        async with working(tiny_llama, store) as worker:
+            await worker.until(lambda: worker.store.statistics().num_detachments > 0)
+            cold, cached = await worker.generate(PROMPT)
+            assert cached == {}
+            assert await worker.generate(PROMPT) == (cold, {"device": NUM_CACHED})
+    assert "libibverbs.so.1" in caplog.text
+
+
 async def test_a_worker_lends_memory_to_the_pool(
     tmp_path: Path, needs_store: None, tiny_llama: Path
 ) -> None:
     pool = MooncakePool(tmp_path)
     try:
         pool.start_master()
-        async with working(tiny_llama, address(pool, 32 << 20)) as lender:
+        async with working(tiny_llama, replace(pool.store, segment_size=32 << 20)) as lender:
             await lender.attached()
-            async with working(tiny_llama, address(pool)) as worker:
+            async with working(tiny_llama, pool.store) as worker:
                 await worker.attached()
                 cold, _ = await worker.generate(PROMPT)
                 await worker.settle()
@@ -373,3 +386,35 @@ os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+GOLDEN_LENGTHS = (33, 150, 640)
+
+
+@pytest.mark.timeout(300)
+async def test_the_oracles_tokens_from_the_store(
+    pool: MooncakePool, default_model_folder: Path, tmp_path: Path
+) -> None:
+    """The default model, in two engines one after the other: the second has nothing but the store,
+    and a disk on which nothing is."""
+    by_length = {len(prompt.prompt_ids): prompt for prompt in load_golden_prompts()}
+    prompts = [by_length[length] for length in GOLDEN_LENGTHS]
+    num_full = sum(length // 32 * 32 for length in GOLDEN_LENGTHS)
+    for turn, num_cached in enumerate((0, num_full)):
+        config = replace(
+            CHUNKED,
+            max_cache_size=256 << 20,
+            prefetch_timeout=60_000,
+            disk_cache_dir=str(tmp_path / str(turn)),
+            disk_cache_size=128 << 20,
+        )
+        async with working(default_model_folder, pool.store, config) as worker:
+            await worker.attached()
+            outcomes = await run_prompts(worker.engine, prompts, 16, together=True, salt="")
+            assert [p.mismatch(o.output_ids) for p, o in zip(prompts, outcomes, strict=True)] == [
+                None
+            ] * len(prompts)
+            hits = worker.engine.statistics().hit_tokens_by_tier
+            assert hits.get(TierName.REMOTE, 0) >= num_cached - len(prompts)
+            assert worker.store.counters.num_corrupt == 0
+            await worker.settle()

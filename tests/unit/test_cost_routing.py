@@ -302,3 +302,70 @@ def test_blocks_are_fetched_only_from_peers_that_serve_them() -> None:
     ):
         estimate = world.routing.route(world.prompt(PREFIX), world.candidates, peers)
         assert estimate.fetch == fetch
+
+
+# The shared store
+
+NEAR = {"tier_block_s": {"remote": 1e-4}}
+
+
+def test_a_block_in_the_store_is_near_every_worker_that_uses_it() -> None:
+    world = World(A, B, C)
+    for worker in (A, B):
+        world.report(worker, **NEAR)
+    world.hold(A, PREFIX, REMOTE)
+    estimates = {
+        e.worker_id: e for e in world.routing.explain(world.prompt(PREFIX), world.candidates)
+    }
+    assert {worker: e.prefix for worker, e in estimates.items()} == {
+        A: [0, 0, 0, 10],
+        B: [0, 0, 0, 10],
+        C: [0, 0, 0, 0],
+    }
+    assert estimates[B].parts.loading_s == pytest.approx(10 * 1e-4)
+    assert estimates[B].parts.computing_s == pytest.approx(COST.seconds(160, 1))
+    world.report(A, queue_s=1.0, **NEAR)
+    assert world.route(PREFIX) == B
+
+
+def test_a_prefix_goes_on_in_the_store_where_the_worker_ends_and_stops_at_a_gap() -> None:
+    world = World()
+    for worker in (A, B):
+        world.report(worker, **NEAR)
+    world.hold(A, PREFIX[:3])
+    world.hold(B, (*PREFIX[2:7], *PREFIX[8:]), REMOTE)
+    best, other = world.routing.explain(world.prompt(PREFIX), world.candidates)
+    assert (best.worker_id, best.prefix) == (A, [3, 0, 0, 4])
+    assert other.prefix == [0, 0, 0, 0]
+
+
+def test_a_worker_that_has_lost_the_store_computes() -> None:
+    world = World()
+    world.report(A, **NEAR)
+    world.hold(B, PREFIX, REMOTE)
+    assert world.route(PREFIX) == A
+    world.report(A)
+    assert all(
+        e.prefix == [0, 0, 0, 0]
+        for e in world.routing.explain(world.prompt(PREFIX), world.candidates)
+    )
+
+
+def test_peer_or_store_whichever_is_quicker() -> None:
+    world = World()
+    world.hold(A, PREFIX)
+    world.hold(A, PREFIX[:8], REMOTE)
+    for peer_s, prefix, first in ((1e-3, [0, 0, 0, 8], 8), (1e-5, [0, 0, 0, 0], 0)):
+        world.report(B, tier_block_s={"remote": 1e-4, "peer": peer_s})
+        (estimate,) = world.routing.explain(world.prompt(PREFIX), [Candidate(B, None, 0)])
+        assert estimate.prefix == prefix
+        assert estimate.fetch == Fetch(A, first, 10 - first)
+
+
+def test_what_is_only_in_the_store_is_fetched_from_no_peer() -> None:
+    world = World()
+    world.report(B, tier_block_s={"peer": 1e-4})
+    world.hold(A, PREFIX, REMOTE)
+    (estimate,) = world.routing.explain(world.prompt(PREFIX), [Candidate(B, None, 0)])
+    assert estimate.fetch is None
+    assert estimate.prefix == [0, 0, 0, 0]

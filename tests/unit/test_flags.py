@@ -16,6 +16,7 @@ from xllm.config import (
     MasterConfig,
     RoutingConfig,
     SecurityConfig,
+    StoreConfig,
     TraceConfig,
     WorkerConfig,
 )
@@ -55,11 +56,22 @@ def test_without_flags_the_config_has_its_own_defaults() -> None:
     ("role", "configs"),
     [
         ("master", [MasterConfig, RoutingConfig, IndexConfig, *BOTH]),
-        ("worker", [WorkerConfig, EngineConfig, *BOTH]),
+        ("worker", [WorkerConfig, EngineConfig, StoreConfig, *BOTH]),
     ],
 )
 def test_every_field_of_a_config_has_its_flag(role: str, configs: list[type]) -> None:
-    parts = {"etcd", "net", "log", "api", "engine", "routing", "index", "security", "trace"}
+    parts = {
+        "etcd",
+        "net",
+        "log",
+        "api",
+        "engine",
+        "routing",
+        "index",
+        "security",
+        "store",
+        "trace",
+    }
     wanted = {
         (config, field.name)
         for config in configs
@@ -328,3 +340,39 @@ def test_keys_belong_to_who_has_the_public_api() -> None:
         assert "--api_keys_file" in _refusal("--role=master", flag)
         assert _master(keys, flag)
     assert _master("--operator_host=::1").security.operator_host == "::1"
+
+
+STORE = ("--enable_kvcache_store", "--store_master_server_address=10.0.0.1:50051")
+
+
+def test_the_shared_store() -> None:
+    assert _worker().store == StoreConfig()
+    rest = ("--store_protocol=rdma", "--store_metadata_server=etcd://10.0.0.1:2379")
+    more = ("--store_local_hostname=10.0.0.2", "--store_segment_size=4GiB", "--store_replica_num=2")
+    assert _worker(*STORE, *rest, *more).store == StoreConfig(
+        enable_kvcache_store=True,
+        store_protocol="rdma",
+        store_master_server_address="10.0.0.1:50051",
+        store_metadata_server="etcd://10.0.0.1:2379",
+        store_local_hostname="10.0.0.2",
+        store_segment_size=4 << 30,
+        store_replica_num=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--enable_kvcache_store"], "--store_master_server_address"),
+        (STORE[1:], "add --enable_kvcache_store"),
+        (["--store_segment_size=1GiB"], "add --enable_kvcache_store"),
+        ([STORE[0], "--store_master_server_address=10.0.0.1"], "host:port"),
+        ([STORE[0], "--store_master_server_address=10.0.0.1:x"], "host:port"),
+        ([*STORE, "--store_protocol=udp"], "tcp"),
+        ([*STORE, "--store_metadata_server=zookeeper"], "P2PHANDSHAKE"),
+        ([*STORE, "--store_replica_num=0"], "--store_replica_num"),
+        ([*STORE, "--noenable_prefix_cache"], "--enable_prefix_cache"),
+    ],
+)
+def test_stores_that_cannot_be_are_refused(argv: list[str], said: str) -> None:
+    assert said in _refusal("--role=worker", *argv)

@@ -38,10 +38,26 @@ def test_a_block_counts_in_the_fastest_tier_that_has_it() -> None:
     index.apply(A, stored(HOST, 1, 2, 3))
     index.apply(A, stored(DEVICE, 2))
     index.apply(A, stored(DISK, 3, 4))
-    index.apply(A, stored(REMOTE, 5))
-    assert index.match([1, 2, 3, 4, 5, 6]) == {A: [1, 2, 1, 1]}
+    assert index.match([1, 2, 3, 4, 5, 6]) == {A: [1, 2, 1, 0]}
     index.apply(A, removed(DEVICE, 2))
-    assert index.match([1, 2, 3, 4, 5, 6]) == {A: [0, 3, 1, 1]}
+    assert index.match([1, 2, 3, 4, 5, 6]) == {A: [0, 3, 1, 0]}
+
+
+def test_what_is_in_the_shared_store_is_nobodys_and_known_by_all() -> None:
+    index = CacheIndex()
+    assert index.store_gaps([1, 2]) is None
+    index.apply(A, stored(DEVICE, 1))
+    index.apply(A, stored(REMOTE, 1, 2))
+    index.apply(B, stored(REMOTE, 2, 4))
+    assert index.match([1, 2, 3, 4]) == {A: [1, 0, 0, 0]}
+    assert index.match([2]) == {}
+    assert index.store_gaps([1, 2, 3, 4, 5]) == [2, 4]
+    index.apply(A, removed(REMOTE, 2))
+    assert index.store_gaps([1, 2]) == []
+    index.remove_worker(B)
+    assert index.store_gaps([1, 2]) == [1]
+    index.remove_worker(A)
+    assert index.store_gaps([1, 2]) is None
 
 
 def test_a_block_held_below_the_device_alone_is_found() -> None:
@@ -119,7 +135,7 @@ def naive_match(
     for worker, tiers in contents.items():
         counts = [0, 0, 0, 0]
         for block in hashes:
-            tier = next((tier for tier in TierCode if block in tiers[tier]), None)
+            tier = next((tier for tier in (DEVICE, HOST, DISK) if block in tiers[tier]), None)
             if tier is None:
                 break
             counts[tier] += 1
@@ -171,6 +187,9 @@ class IndexMachine(RuleBasedStateMachine):
         for worker, tiers in self.contents.items():
             assert self.index.num_held(worker) == [len(held) for held in tiers]
         assert self.index.match(range(8)) == naive_match(self.contents, range(8))
+        known = set().union(*(tiers[REMOTE] for tiers in self.contents.values()))
+        gaps = [block for block in range(8) if block not in known]
+        assert self.index.store_gaps(range(8)) == (gaps if known else None)
 
 
 TestIndexMachine = IndexMachine.TestCase

@@ -39,7 +39,7 @@ ROOT = CacheRoot("weights", "float32", BLOCK)
 COST = PrefillCost(step_s=0.01, token_s=1e-3, pair_s=0.0)
 BLOCK_S = BLOCK * COST.token_s
 A, B = WorkerId("a"), WorkerId("b")
-DEVICE, HOST, DISK, REMOTE = TierCode
+DEVICE, HOST, DISK, _ = TierCode
 NUM_BLOCKS = 10
 PROMPT = list(range(NUM_BLOCKS * BLOCK))
 NAMES = hash_blocks(ROOT.hash(), PROMPT, BLOCK)
@@ -123,7 +123,7 @@ def test_defect_1_anything_below_a_full_match_counts_nothing() -> None:
     assert other_s - best_s == pytest.approx(BLOCK_S)
 
 
-@pytest.mark.parametrize("tier", [HOST, DISK, REMOTE])
+@pytest.mark.parametrize("tier", [HOST, DISK])
 def test_defect_2_hits_below_the_device_are_ignored(tier: TierCode) -> None:
     world = World()
     world.report(B, tier_block_s={tier.name.lower(): BLOCK_S / 4})

@@ -4,12 +4,13 @@ import random
 
 import pytest
 
-from tests.simulation import FakeTiers, Simulation, expected_output, prompt_of
+from tests.simulation import BLOCK_SIZE, FakeTiers, Simulation, expected_output, prompt_of
+from xllm.cache.store_tier import StoreQuestion
 from xllm.cache.tier import TierName
 from xllm.engine.request import SequenceState
 from xllm.engine.scheduler import MIN_CHUNK_TOKENS
 from xllm.engine.step_cost import StepCost, decode_work, prefill_work
-from xllm.protocol import FinishReason
+from xllm.protocol import BlockHash, FinishReason
 
 EOS = 0
 
@@ -265,3 +266,41 @@ def test_abort_while_loading_leaves_nothing_behind() -> None:
     sim.kv_cache.poll()
     sim.kv_cache.poll()
     assert sim.kv_cache.pool.num_free == 24
+
+
+class AskedTiers(FakeTiers):
+    """Beside them a store, whose answers the test gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.questions: list[StoreQuestion] = []
+        self.now = 0.0
+
+    def ask(self, hashes: list[BlockHash], block_compute_s: float | None = None) -> StoreQuestion:
+        self.questions.append(StoreQuestion(0.25, lambda: self.now))
+        return self.questions[-1]
+
+
+def test_a_prompt_waits_until_the_store_has_said_what_it_has() -> None:
+    tiers = AskedTiers()
+    sim = Simulation(tiers=tiers)
+    sim.submit(prompt_of(40), 2)
+    assert sim.step().scheduled == []
+    assert sim.step().scheduled == []
+    (question,) = tiers.questions
+    names = sim.kv_cache.name_prompt(prompt_of(40), "")
+    tiers.stored[names[0]] = [tuple(prompt_of(40)[: i + 1]) for i in range(BLOCK_SIZE)]
+    question.is_answered = True
+    sim.run()
+    assert tiers.num_loads == 1
+    assert len(tiers.questions) == 1
+    assert sim.outputs["r0", 0] == expected_output(prompt_of(40), 2)
+
+
+def test_a_store_that_says_nothing_is_not_waited_for() -> None:
+    tiers = AskedTiers()
+    sim = Simulation(tiers=tiers)
+    sim.submit(prompt_of(40), 2)
+    assert sim.step().scheduled == []
+    tiers.now = 0.25
+    assert sim.step().num_tokens > 0

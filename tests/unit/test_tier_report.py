@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from xllm.cache.loads import LoadCounters
+from xllm.cache.store_tier import StoreTierCounters, StoreTierStatistics
 from xllm.cache.store_transfers import StoreCounters
 from xllm.cache.tier import TableStatistics, TierName
 from xllm.cache.tiers import TiersStatistics
@@ -90,3 +91,59 @@ def test_status() -> None:
     assert tiers_status(EngineStatistics(), EngineStatistics()) == ""
     before, now = EngineStatistics(tiers=BEFORE), EngineStatistics(tiers=NOW)
     assert tiers_status(before, now) == " host_usage=50% host_loaded=3 host_stored=7"
+
+
+STORE = StoreTierStatistics(
+    is_attached=True,
+    num_known=9,
+    num_detachments=1,
+    counters=StoreTierCounters(
+        num_asks=5,
+        ask_seconds=0.5,
+        num_unanswered=1,
+        num_loaded=2,
+        num_stored=3,
+        put_seconds=0.25,
+        num_full=4,
+        num_absent=6,
+        num_corrupt=7,
+        num_failed=8,
+    ),
+    load_bytes=200,
+    load_seconds=0.5,
+    bytes_per_s=None,
+)
+
+
+def test_metrics_and_status_of_the_shared_store() -> None:
+    metrics = Metrics()
+    now = EngineStatistics(tiers=replace(NOW, store=STORE))
+    for before in (EngineStatistics(), now):
+        collect_tiers(metrics, before, now)
+    rendered = metrics.render().decode()
+    for line in (
+        "xllm_store_attached 1.0",
+        "xllm_store_known_blocks 9.0",
+        "xllm_store_detachments_total 1.0",
+        "xllm_store_asks_total 5.0",
+        "xllm_store_ask_seconds_total 0.5",
+        *(
+            f'xllm_store_failures_total{{reason="{reason}"}} {count}.0'
+            for reason, count in (
+                *(("unanswered", 1), ("full", 4), ("absent", 6), ("corrupt", 7), ("failed", 8)),
+            )
+        ),
+        'xllm_tier_promotions_total{tier="remote"} 2.0',
+        'xllm_tier_demotions_total{tier="remote"} 3.0',
+        'xllm_tier_transfer_bytes_total{transfer="from_store"} 200.0',
+        'xllm_tier_transfer_bytes_total{transfer="to_store"} 300.0',
+    ):
+        assert f"\n{line}\n" in rendered
+    status = tiers_status(EngineStatistics(), now)
+    assert status.endswith(" store_loaded=2 store_stored=3")
+
+
+def test_a_block_of_the_store_costs_what_was_measured() -> None:
+    assert STORE.block_s(100) == 0.25
+    assert replace(STORE, bytes_per_s=1e6).block_s(100) == 1e-4
+    assert replace(STORE, is_attached=False).block_s(100) is None

@@ -352,13 +352,13 @@ class Loader:
             ]
             num_blocks = sum(item.arrived for run in runs for item in run.items)
             ended_at = max(now if run.ended_at is None else run.ended_at for run in runs)
-            self.blocks_loaded[tier] += num_blocks
             ticket.spans.append(LoadSpan(tier, ticket.started_at, ended_at, num_blocks))
             num_bytes = num_blocks * self._device.block_bytes
             if is_store and self._store is not None:
                 self._store.counters.num_loaded += num_blocks
                 self._store.rate.observe(num_bytes, ended_at - ticket.started_at)
                 continue
+            self.blocks_loaded[tier] += num_blocks
             self.rates[tier].observe(num_bytes, ended_at - ticket.started_at)
             peers = {run.source.peer for run in runs if run.source.peer is not None}
             if len(peers) == 1 and num_bytes and self._peers is not None:

@@ -42,7 +42,9 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[1], type=AgentConfig)
     # Also while `setup` does not let any other thread run.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the worker decides
+    # Of a terminal or a service manager, to the whole group: the worker says when it is over.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=config.control_fd)
     lanes = [socket.socket(fileno=fd) for fd in config.lane_fds]
     for channel in (control, *lanes):

@@ -224,6 +224,7 @@ class StoreClient:
                 )
                 agent.wait_attached(ATTACH_TIMEOUT_S)
                 self._has_trouble.clear()
+                self._trouble = None
                 self._set(agent, True)
                 retry_s = FIRST_RETRY_S
                 self._watch(agent)

@@ -26,9 +26,11 @@ def start_trace(tracer: Tracer, request: GenerateRequest, timeline: Timeline) ->
 def end_trace(span: Span, timeline: Timeline, error: str) -> None:
     """Draws what came of it; `error`: why it failed, if it did."""
     assert timeline.ended_at is not None
-    waited_until = min((load.started_at for load in timeline.loads), default=timeline.begun_at)
-    end = timeline.ended_at if waited_until is None else waited_until
-    span.record("queue", timeline.submitted_at, end, {})
+    # A preempted request may load again, long after it has begun.
+    waits_end = [timeline.ended_at, *(load.started_at for load in timeline.loads)]
+    if timeline.begun_at is not None:
+        waits_end.append(timeline.begun_at)
+    span.record("queue", timeline.submitted_at, min(waits_end), {})
     for load in timeline.loads:
         attributes = {"xllm.tier": load.tier.value, "xllm.num_blocks": load.num_blocks}
         span.record(f"load {load.tier.value}", load.started_at, load.ended_at, attributes)

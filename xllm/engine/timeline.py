@@ -39,11 +39,12 @@ class Timeline:
 
     @property
     def load_s(self) -> float:
-        """From the first load's beginning to the last one's end; 0: nothing was loaded."""
-        if not self.loads:
-            return 0.0
-        started_at = min(span.started_at for span in self.loads)
-        return max(span.ended_at for span in self.loads) - started_at
+        """Spent loading, tiers at the same time counted once; 0: nothing was loaded."""
+        ended_at: dict[float, float] = {}
+        """By when the loads of one admission began."""
+        for span in self.loads:
+            ended_at[span.started_at] = max(span.ended_at, ended_at.get(span.started_at, 0.0))
+        return sum(end - start for start, end in ended_at.items())
 
     @property
     def prefill_s(self) -> float | None:

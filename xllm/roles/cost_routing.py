@@ -251,7 +251,7 @@ class CostRouting:
                 parts = view.parts(
                     with_store, longest, num_blocks, block_size, num_tokens, unreported, now
                 )
-                if cost_s(parts) < cost_s(all_parts[i]):
+                if cost_s(parts) <= cost_s(all_parts[i]):  # which keeps no peer busy
                     prefixes[i], all_parts[i] = with_store, parts
         sources: list[tuple[float, WorkerId]] = []
         if any(parts[-1] for parts in all_parts):

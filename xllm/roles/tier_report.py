@@ -64,7 +64,8 @@ def _has(statistics: EngineStatistics, tier: TierName) -> bool:
         return True
     tiers = statistics.tiers
     if tier is TierName.REMOTE:
-        return tiers is not None and tiers.peers is not None
+        has_store = tiers is not None and tiers.store is not None and tiers.store.is_attached
+        return tiers is not None and (tiers.peers is not None or has_store)
     return tiers is not None and tier in tiers.tables
 
 

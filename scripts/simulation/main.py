@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run_prefixes(options: argparse.Namespace, rates: Rates) -> None:
-    workload = Workload(requests=options.requests or Workload.requests)
+    workload = Workload(requests=options.requests) if options.requests else Workload()
     points = measure(workload, rates, options.shares)
     print(
         _line(

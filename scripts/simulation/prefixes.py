@@ -73,9 +73,7 @@ def measure(workload: Workload, rates: Rates, shares: Sequence[float]) -> list[P
 
 def saturation_rate(workload: Workload, rates: Rates) -> float:
     """Requests per second that RR without peers answers when there are always some that wait."""
-    all_at_once = 1e3 / workload.requests
-    summary = _run(workload, rates, "RR", workload.requests / all_at_once)
-    return workload.requests / max(summary.ttft_s)
+    return workload.requests / max(_run(workload, rates, "RR", 1e3).ttft_s)
 
 
 def _run(workload: Workload, rates: Rates, policy: str, rate: float) -> Summary:

@@ -14,8 +14,9 @@ from statistics import fmean
 from benchmarks.trace import CONVERSATION
 
 from simulation.cluster import Cluster
-from simulation.plot import Figures, draw
-from simulation.policies import ROUTINGS, WITH_PEERS
+from simulation.plot import Figures, draw, draw_rates
+from simulation.policies import FETCHING, ROUTINGS
+from simulation.prefixes import Point, Workload, measure
 from simulation.summary import Summary
 from simulation.trace import Arrival, pooled_reuse, read_arrivals
 from simulation.worker import RATES, Rates, read_rates
@@ -46,16 +47,26 @@ HEADER = (
 )
 
 
+POLICIES = [*ROUTINGS, "CAR+peers"]
+
 Run = tuple[str, int, str]
 """Tiers, workers, policy."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "workload", nargs="?", choices=("trace", "shared_prefix"), default="trace",
+        help="shared_prefix: as in `bench cluster`, on two workers, at a range of rates",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.2, 0.4, 0.7, 1.0, 1.3],
+        help="shared_prefix: of the rate at which RR saturates",
+    )  # fmt: skip
     parser.add_argument("--trace", type=Path, default=CONVERSATION)
     parser.add_argument("--rates", default="cpu", help=f"{', '.join(sorted(RATES))}, or a file")
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS))
-    parser.add_argument("--policies", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument(
         "--speedup", type=float, help="of the trace's clock (default: as the rates say, per worker)"
     )
@@ -68,6 +79,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     rates = read_rates(RATES.get(options.rates) or Path(options.rates))
+    if options.workload == "shared_prefix":
+        _run_prefixes(options, rates)
+        return
     arrivals = read_arrivals(options.trace, rates.block_size)[: options.requests]
     print(f"rates: {rates.source}\n")
     figures: dict[Run, Figures] = {}
@@ -96,6 +110,43 @@ def run(options: argparse.Namespace) -> None:
         draw(list(figures.values()), options.plot)
 
 
+def _run_prefixes(options: argparse.Namespace, rates: Rates) -> None:
+    workload = Workload(requests=options.requests) if options.requests else Workload()
+    points = measure(workload, rates, options.shares)
+    print(
+        _line(
+            ("policy", "", "share", "req/s", "mean s", "p50 s", "p90 s", "p99 s", "hits", "fetched")
+        )
+    )
+    for point in points:
+        summary = point.summary
+        cells = (
+            *(point.policy, "", f"{point.share:g}", f"{point.rate:.2f}"),
+            f"{summary.mean_ttft_s:.3f}",
+            *(f"{summary.ttft_at(q):.3f}" for q in QUANTILES),
+            *(f"{summary.reuse:.1%}", f"{summary.num_fetched / summary.num_blocks:.1%}"),
+        )
+        print(_line(cells))
+    if options.json:
+        runs = [_point_figures(point) for point in points]
+        options.json.write_text(json.dumps({"rates": rates.source, "runs": runs}, indent=1) + "\n")
+    if options.plot:
+        draw_rates([_point_figures(point) for point in points], options.plot)
+
+
+def _point_figures(point: Point) -> Figures:
+    summary = point.summary
+    return {
+        "policy": point.policy,
+        "share": point.share,
+        "rate": point.rate,
+        "mean_ttft_s": summary.mean_ttft_s,
+        "ttft_s": {str(q): summary.ttft_at(q) for q in QUANTILES},
+        "reuse": summary.reuse,
+        "fetched": summary.num_fetched / summary.num_blocks,
+    }
+
+
 def _in_child(
     num_workers: int, rates: Rates, tiers: str, policy: str, arrivals: Sequence[Arrival]
 ) -> Summary:
@@ -120,7 +171,8 @@ def run_one(
     num_workers: int, rates: Rates, tiers: str, policy: str, arrivals: Sequence[Arrival]
 ) -> Summary:
     sizes = [(name, factor * rates.device_blocks) for name, factor in TIERS[tiers]]
-    cluster = Cluster(num_workers, rates, sizes, ROUTINGS[policy], policy in WITH_PEERS)
+    make = FETCHING.get(policy) or ROUTINGS[policy]
+    cluster = Cluster(num_workers, rates, sizes, make, policy in FETCHING)
     # What a run builds up is not garbage; to look for some again and again takes most of the time.
     gc.disable()
     try:

@@ -44,3 +44,25 @@ def draw(figures: Sequence[Figures], path: Path) -> None:
     grid.tight_layout()
     grid.savefig(path, dpi=80)
     pyplot.close(grid)
+
+
+def draw_rates(figures: Sequence[Figures], path: Path) -> None:
+    """TTFT and reuse of each policy over the rate."""
+    from matplotlib import pyplot
+
+    grid, axes = pyplot.subplots(1, 3, figsize=(13, 4))
+    for policy in dict.fromkeys(f["policy"] for f in figures):
+        chosen = [f for f in figures if f["policy"] == policy]
+        rates = [f["rate"] for f in chosen]
+        axes[0].plot(rates, [f["mean_ttft_s"] for f in chosen], marker="o", label=policy)
+        axes[1].plot(rates, [f["ttft_s"]["0.9"] for f in chosen], marker="o")
+        axes[2].plot(rates, [f["reuse"] for f in chosen], marker="o")
+    for axis, label in zip(axes, ("mean TTFT, s", "TTFT p90, s", "reuse"), strict=True):
+        axis.set_xlabel("requests/s")
+        axis.set_ylabel(label)
+    axes[0].set_yscale("log")
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    grid.tight_layout()
+    grid.savefig(path, dpi=80)
+    pyplot.close(grid)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from statistics import fmean, pstdev
 from typing import Protocol
@@ -152,6 +153,36 @@ class CostAwareRouting:
         self._routing.report(worker, load, num_unacknowledged)
 
 
+class FetchingRouting(CostAwareRouting):
+    """Another policy chooses, as `CostAware` has it: only what to fetch is estimated."""
+
+    def __init__(
+        self,
+        chooser: type[RoundRobinRouting] | type[LeastLoadRouting],
+        index: CacheIndex,
+        block_size: int,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(index, block_size, clock)
+        self._chooser = chooser(index, block_size, clock)
+
+    def route(self, prompt: Prompt, candidates: Sequence[Candidate]) -> WorkerId:
+        chosen = self._chooser.route(prompt, candidates)
+        return super().route(prompt, [Candidate(chosen, None, 0)])
+
+    def dispatched(self, prompt: Prompt, worker: WorkerId) -> None:
+        super().dispatched(prompt, worker)
+        self._chooser.dispatched(prompt, worker)
+
+    def first_token(self, request_id: str) -> None:
+        super().first_token(request_id)
+        self._chooser.first_token(request_id)
+
+    def ended(self, request_id: str) -> None:
+        super().ended(request_id)
+        self._chooser.ended(request_id)
+
+
 class XllmRouting(_Counting):
     def route(self, prompt: Prompt, candidates: Sequence[Candidate]) -> WorkerId:
         held = self.match(prompt)
@@ -243,7 +274,6 @@ ROUTINGS: dict[str, MakeRouting] = {
     "RR": RoundRobinRouting,
     "LEAST_LOAD": LeastLoadRouting,
     "CAR": CostAwareRouting,
-    "CAR+peers": CostAwareRouting,
     "xLLM": XllmRouting,
     "Dynamo": DynamoRouting,
     "llm-d": LlmdRouting,
@@ -251,7 +281,11 @@ ROUTINGS: dict[str, MakeRouting] = {
     "AIBrix": AibrixRouting,
 }
 
-WITH_PEERS = {"CAR+peers"}
+FETCHING: dict[str, MakeRouting] = {
+    "CAR+peers": CostAwareRouting,
+    "RR+peers": partial(FetchingRouting, RoundRobinRouting),
+    "LEAST_LOAD+peers": partial(FetchingRouting, LeastLoadRouting),
+}
 """Whose workers fetch blocks from each other; the others are compared without."""
 
 

@@ -38,7 +38,7 @@ def read_arrivals(path: Path, block_size: int) -> list[Arrival]:
                 request.time_s,
                 request.input_length,
                 request.output_length,
-                tuple(map(_scatter, blocks[: request.input_length // block_size])),
+                tuple(map(scatter, blocks[: request.input_length // block_size])),
             )
         )
     return arrivals
@@ -64,7 +64,7 @@ def pooled_reuse(arrivals: Sequence[Arrival], num_blocks: int) -> float:
     return hits / total
 
 
-def _scatter(number: int) -> int:
+def scatter(number: int) -> int:
     """Different numbers, spread over 64 bits: the finalizer of SplitMix64 (Steele et al., 2014)."""
     number = (number + 1) * 0x9E3779B97F4A7C15 & _MASK
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _MASK

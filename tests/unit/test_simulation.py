@@ -11,7 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from simulation.cluster import Cluster
-from simulation.policies import ROUTINGS, WITH_PEERS
+from simulation.policies import FETCHING, ROUTINGS
+from simulation.prefixes import Workload, measure
 from simulation.trace import Arrival, pooled_reuse
 from simulation.worker import RATES as RATES_FILES
 from simulation.worker import read_rates
@@ -35,10 +36,10 @@ def conversations(num_users: int = 6, num_turns: int = 6) -> list[Arrival]:
     return arrivals
 
 
-@pytest.mark.parametrize("policy", ROUTINGS)
+@pytest.mark.parametrize("policy", [*ROUTINGS, *FETCHING])
 def test_every_prompt_gets_its_first_token_and_the_index_is_what_workers_hold(policy: str) -> None:
     arrivals = conversations()
-    cluster = Cluster(4, RATES, TIERS, ROUTINGS[policy], policy in WITH_PEERS)
+    cluster = Cluster(4, RATES, TIERS, FETCHING.get(policy) or ROUTINGS[policy], policy in FETCHING)
     summary = cluster.run(arrivals)
     assert len(summary.ttft_s) == len(arrivals)
     assert 0.0 < summary.mean_ttft_s < 1.0
@@ -57,3 +58,11 @@ def test_cost_aware_routing_finds_nearly_what_one_pooled_cache_would_have() -> N
     }
     assert reuse["CAR"] >= 0.9 * pooled_reuse(arrivals, 4 * 64)
     assert reuse["CAR"] > 1.5 * reuse["RR"]
+
+
+def test_with_peers_two_workers_find_in_each_other_what_neither_can_hold_alone() -> None:
+    rates = read_rates(RATES_FILES["cpu"])  # slow enough for the index to follow
+    points = measure(Workload(groups=8, requests=120), rates, [0.7])
+    reuse = {point.policy: point.summary.reuse for point in points}
+    assert reuse["RR+peers"] > 1.2 * reuse["RR"]
+    assert min(reuse["CAR"], reuse["CAR+peers"]) > 1.5 * reuse["RR"]

@@ -121,6 +121,13 @@ def cost_s(parts: RawParts) -> float:
     )
 
 
+def computing_s(cost: PrefillCost, start: int, num_tokens: int) -> float:
+    """Of a prompt whose first `start` tokens are held: at least the last one is computed."""
+    if start >= num_tokens:
+        start = num_tokens - 1
+    return cost.seconds(start, num_tokens - start)
+
+
 class WorkerView:
     """What a master knows of one worker's costs and of its queue.
 
@@ -248,11 +255,39 @@ class WorkerView:
             num_fetched,
         )
 
+    def parts_of_none(
+        self,
+        unheld_s: tuple[float, float],
+        longest: int,
+        num_blocks: int,
+        num_more: int,
+        now: float,
+    ) -> RawParts:
+        """`parts` where nothing is held: most workers, so it is short. `unheld_s`: what computing
+        all of the prompt takes this kind of worker, and all behind `longest` blocks."""
+        computing_s, shorter_s = unheld_s
+        slowdown = self._slowdown if num_more <= 0 else self.slowdown_with(num_more)
+        computing_s *= slowdown
+        fetching_s = 0.0
+        num_fetched = 0
+        if longest and self.peer_block_s < math.inf:
+            shorter_s *= slowdown
+            to_fetch_s = longest * self.peer_block_s
+            if to_fetch_s + shorter_s < computing_s:
+                computing_s, fetching_s = shorter_s, to_fetch_s
+                num_fetched = longest
+        backlog_s = self._backlog_s - (now - self._at)
+        return (
+            backlog_s if backlog_s > 0.0 else 0.0,
+            0.0,
+            fetching_s,
+            computing_s,
+            num_blocks * self.displace_block_s,
+            num_fetched,
+        )
+
     def _computing_s(self, start: int, num_tokens: int) -> float:
-        """At least the last token is computed, whatever is held."""
-        if start >= num_tokens:
-            start = num_tokens - 1
-        return self.kind.cost.seconds(start, num_tokens - start)
+        return computing_s(self.kind.cost, start, num_tokens)
 
     def _displace_block_s(
         self, load: WorkerLoad, compute_block_s: float, reuse: ReuseMeter

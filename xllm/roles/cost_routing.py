@@ -37,6 +37,7 @@ from xllm.roles.cost_model import (
     RawParts,
     ReuseMeter,
     WorkerView,
+    computing_s,
     cost_s,
     measured_cost,
 )
@@ -231,17 +232,28 @@ class CostRouting:
         now = self._clock()
         hashes, num_tokens, block_size = prompt.hashes, prompt.num_tokens, self._block_size
         num_blocks = len(hashes)
-        held = self._held(hashes)
+        published = self._index.match(hashes)
+        held = self._with_credits(published, hashes)
+        # What somebody is only about to compute cannot be fetched yet.
+        sizes = {w: sum(counts) for w, counts in published.items() if peers is None or w in peers}
+        longest = max(sizes.values(), default=0)
         views = [self._views.get(c.worker_id) or self._view(c.worker_id) for c in candidates]
         prefixes = [held.get(c.worker_id, _NO_BLOCKS) for c in candidates]
-        longest = 0
-        if held:
-            from_peers = held.items()
-            longest = max((sum(h) for w, h in from_peers if peers is None or w in peers), default=0)
-        all_parts = [
-            view.parts(prefix, longest, num_blocks, block_size, num_tokens, c.unreported, now)
-            for c, view, prefix in zip(candidates, views, prefixes, strict=True)
-        ]
+        unheld: dict[CostKind, tuple[float, float]] = {}
+        all_parts = []
+        for candidate, view, prefix in zip(candidates, views, prefixes, strict=True):
+            num_more = candidate.unreported
+            if prefix is not _NO_BLOCKS:
+                all_parts.append(
+                    view.parts(prefix, longest, num_blocks, block_size, num_tokens, num_more, now)
+                )
+                continue
+            unheld_s = unheld.get(view.kind)
+            if unheld_s is None:
+                cost, start = view.kind.cost, longest * block_size
+                unheld_s = computing_s(cost, 0, num_tokens), computing_s(cost, start, num_tokens)
+                unheld[view.kind] = unheld_s
+            all_parts.append(view.parts_of_none(unheld_s, longest, num_blocks, num_more, now))
         gaps = self._index.store_gaps(hashes)
         for i, view in enumerate(views if gaps is not None else ()):
             assert gaps is not None
@@ -257,14 +269,19 @@ class CostRouting:
         if any(parts[-1] for parts in all_parts):
             sources = [
                 (self._view(worker).backlog_s(now), worker)
-                for worker, counts in held.items()
-                if sum(counts) == longest and (peers is None or worker in peers)
+                for worker, size in sizes.items()
+                if size == longest
             ]
         return _Weighed(hashes, candidates, views, prefixes, all_parts, longest, sources)
 
-    def _held(self, hashes: Sequence[int]) -> dict[WorkerId, TierCounts]:
-        held = self._index.match(hashes)
-        for worker, counts in self._credits.match(hashes).items():
+    def _with_credits(
+        self, published: dict[WorkerId, TierCounts], hashes: Sequence[int]
+    ) -> dict[WorkerId, TierCounts]:
+        credits = self._credits.match(hashes)
+        if not credits:
+            return published
+        held = dict(published)
+        for worker, counts in credits.items():
             if worker not in held or sum(counts) > sum(held[worker]):
                 held[worker] = counts
         return held

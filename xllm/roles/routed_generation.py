@@ -129,8 +129,11 @@ class RoutedGeneration:
         self._wake.clear()
         if self._inbox or self._is_cancelled:
             return
+        if not self._homeless:
+            await self._wake.wait()
+            return
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PLACE_PERIOD_S if self._homeless else None):
+            async with asyncio.timeout(PLACE_PERIOD_S):
                 await self._wake.wait()
 
     def _start(self, attempt: _Attempt) -> None:

@@ -1,0 +1,48 @@
+"""The default model against `transformers` when blocks come from peers; the rest of it is in
+`scripts/golden peers`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.golden.fixtures import load_golden_prompts
+from tests.golden.matrix import CHUNKED
+from tests.golden.peers_matrix import from_every_tier, from_one_that_is_killed, long_prompt
+
+pytestmark = pytest.mark.timeout(600)  # a model's worth of work, on whatever machine
+
+NUM_TOKENS = 8
+CONFIG = replace(
+    CHUNKED,
+    max_cache_size=128 << 20,
+    max_model_len=1024,
+    # Small steps: a quick start.
+    max_tokens_per_chunk_for_prefill=100,
+    max_tokens_per_batch=128,
+)
+
+
+async def test_from_a_peers_device_host_and_disk(
+    default_model_folder: Path, tmp_path: Path
+) -> None:
+    prompts = [p for p in load_golden_prompts() if len(p.prompt_ids) in (33, 333)]
+    outcomes = await from_every_tier(
+        *(CONFIG, default_model_folder, prompts, NUM_TOKENS, str(tmp_path)),
+        together=True,
+        host_bytes=64 << 20,
+    )
+    assert [outcome.problems for outcome in outcomes] == [[], [], []]
+    assert [outcome.num_remote_tokens for outcome in outcomes] == [32 + 320] * 3
+
+
+async def test_from_a_peer_that_is_killed_while_it_sends(default_model_folder: Path) -> None:
+    [prompt] = [p for p in load_golden_prompts() if len(p.prompt_ids) == 333]
+    outcome = await from_one_that_is_killed(CONFIG, default_model_folder, prompt, NUM_TOKENS, 0.6)
+    assert outcome.problems == []
+
+
+async def test_a_prompt_of_131072_tokens_from_a_peer(tmp_path: Path) -> None:
+    assert (await long_prompt(tmp_path)).problems == []

@@ -107,8 +107,9 @@ class LivePort:
                 news["cluster"] = orjson.Fragment(self._cluster)
                 seen_cluster = self._cluster_version
             if seen_requests != journal.version:
-                news["requests"] = journal.describe(max(seen_requests, 0))
-                seen_requests = journal.version
+                version = journal.version
+                news["requests"] = await self._describe_requests(max(seen_requests, 0))
+                seen_requests = version
             if seen_points != figures.num_points:
                 news["points"] = figures.describe(max(seen_points, 0))
                 seen_points = figures.num_points
@@ -121,6 +122,14 @@ class LivePort:
                 await stream.send(_QUIET)
                 quiet_since = now
             await asyncio.sleep(PERIOD_S)
+
+    async def _describe_requests(self, since: int) -> list[orjson.Fragment]:
+        described = []
+        for entry in self._backend.journal.entries(since):
+            described.append(orjson.Fragment(entry.as_json(time.monotonic())))
+            # Many at once, with many candidates, take longer than the event loop may be kept.
+            await asyncio.sleep(0)
+        return described
 
     def _describe_cluster(self) -> None:
         now = time.monotonic()

@@ -135,9 +135,12 @@ class _Worker:
         self._drain_timeout_s = config.drain_timeout
         self._drain_asked_for = asyncio.Event()
         self._main_socket = main_socket
-        self._operator_socket = operator_socket
         self._block_socket = block_socket
         """Where peers fetch blocks; None: there are none."""
+        # A registration may be written anew while the process stops, when sockets are closed.
+        self._port = bound_port(main_socket)
+        self._operator_bound = (operator_socket.getsockname()[0], bound_port(operator_socket))
+        self._block_port = None if block_socket is None else bound_port(block_socket)
 
     async def serve_masters(self, tasks: asyncio.TaskGroup) -> None:
         config = self.config
@@ -277,13 +280,12 @@ class _Worker:
             await engine.stop()
 
     def _address(self, host: str) -> str:
-        return join_host_port(host, bound_port(self._main_socket))
+        return join_host_port(host, self._port)
 
     def _operator_address(self, host: str) -> str:
-        bound = self._operator_socket.getsockname()[0]
+        bound_host, port = self._operator_bound
         return join_host_port(
-            self._guards.operator_address_host(bound, self.config.net, host),
-            bound_port(self._operator_socket),
+            self._guards.operator_address_host(bound_host, self.config.net, host), port
         )
 
     def _worker_id(self, host: str) -> WorkerId:
@@ -307,9 +309,7 @@ class _Worker:
             address=self._address(host),
             operator_address=self._operator_address(host),
             block_address=(
-                ""
-                if self._block_socket is None
-                else join_host_port(host, bound_port(self._block_socket))
+                "" if self._block_port is None else join_host_port(host, self._block_port)
             ),
             model=model.card,
             fingerprint=runner.fingerprint,

@@ -79,7 +79,7 @@ class FakeTiers:
         return [BlockSource(TierName.HOST) for _ in found]
 
     def start_load(
-        self, blocks: list[tuple[BlockHash, BlockSource, int]], timeout_s: float
+        self, blocks: list[tuple[BlockHash, BlockSource, int]], timeout_s: float, trace: str = ""
     ) -> FakeTicket:
         ticket = FakeTicket(blocks)
         self.num_loads += 1

@@ -45,6 +45,12 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TraceConfig:
+    otlp_endpoint: str | None = None
+    """Base URL of a collector that takes OTLP over HTTP; None: no traces."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ApiConfig:
     """The public HTTP API, in whichever role serves it."""
 
@@ -108,6 +114,7 @@ class MasterConfig:
     etcd: EtcdConfig = field(default_factory=EtcdConfig)
     net: HostConfig = field(default_factory=HostConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
@@ -168,6 +175,7 @@ class WorkerConfig:
     etcd: EtcdConfig = field(default_factory=EtcdConfig)
     net: HostConfig = field(default_factory=HostConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)

@@ -20,11 +20,13 @@ from xllm.config import (
     MasterConfig,
     RoutingConfig,
     SecurityConfig,
+    TraceConfig,
     WorkerConfig,
 )
 from xllm.flag_types import (
     ADVERTISED_HOST,
     BOOLEAN,
+    COLLECTOR,
     ETCD_ADDRESSES,
     FILE,
     FOLDER,
@@ -138,6 +140,19 @@ BOTH_CONCERNS: tuple[Concern, ...] = (
         (
             Flag(LogConfig, "log_level", choice(*LOG_LEVELS), "The least level that is written."),
             Flag(LogConfig, "log_format", choice(*LOG_FORMATS), "The form of a line on stderr."),
+        ),
+    ),
+    Concern(
+        "traces",
+        (
+            Flag(
+                TraceConfig,
+                "otlp_endpoint",
+                COLLECTOR,
+                "An OpenTelemetry collector that takes OTLP over HTTP (http://host:4318): gets a"
+                " trace of each request. Needs the extra xllm[otel].",
+                "none: no traces",
+            ),
         ),
     ),
     Concern(

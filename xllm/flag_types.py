@@ -151,6 +151,20 @@ def _etcd_addresses(value: str) -> str:
 ETCD_ADDRESSES = FlagType("HOST:PORT,...", _etcd_addresses)
 
 
+def _collector(value: str) -> str:
+    url = urlsplit(value)
+    try:
+        is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url or url.query or url.fragment or any(c.isspace() for c in value):
+        raise ValueError("must be http://host:port or https://host:port")
+    return value
+
+
+COLLECTOR = FlagType("URL", _collector)
+
+
 def _expanded(value: str) -> Path:
     """Raises: ValueError."""
     if "\0" in value:

@@ -26,6 +26,7 @@ from xllm.config import (
     MasterConfig,
     RoutingConfig,
     SecurityConfig,
+    TraceConfig,
     WorkerConfig,
 )
 from xllm.errors import ConfigError
@@ -75,6 +76,7 @@ def parse_command_line(argv: Sequence[str]) -> MasterConfig | WorkerConfig | Ans
         "etcd": build(EtcdConfig),
         "net": build(HostConfig),
         "log": build(LogConfig),
+        "trace": build(TraceConfig),
         "api": build(ApiConfig),
         "security": build(SecurityConfig),
     }
@@ -221,7 +223,7 @@ def help_text(role: str | None = None) -> str:
 
 def _flag_help(flag: Flag) -> list[str]:
     spelling = f"--[no]{flag.name}" if flag.type.is_boolean else f"--{flag.name}={flag.type.shape}"
-    text = f"{flag.help} Default: {_default_text(flag)}."
+    text = f"{flag.help} Default: {default_text(flag)}."
     indent = " " * 8
     lines = textwrap.wrap(
         text, 92, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
@@ -229,7 +231,8 @@ def _flag_help(flag: Flag) -> list[str]:
     return [f"    {spelling}", *lines]
 
 
-def _default_text(flag: Flag) -> str:
+def default_text(flag: Flag) -> str:
+    """The default as people write it."""
     if flag.default is not None:
         return flag.default
     if flag.config is None:

@@ -118,6 +118,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Lower is more urgent."""
     fetch: list[FetchRange] = msgspec.field(default_factory=list)
     """What this attempt's worker had better fetch than compute."""
+    traceparent: str = ""
+    """Whose children the worker's spans are: `tracing.py`. Empty: nobody's."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -1,7 +1,8 @@
 """What a process counts and measures of itself, for the operator port's `/metrics`.
 
 Every metric that xllm has is declared in `Metrics`; where vLLM has one of the same meaning, it has
-vLLM's name after the prefix. Label values come from small closed sets.
+vLLM's name after the prefix. Label values come from small closed sets; where one is known
+beforehand, it is there with 0 from the start, so that the first increase is seen.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from prometheus_client import (
 )
 
 from xllm import __version__
+from xllm.errors import REQUEST_ERRORS
+from xllm.protocol import TIER_NAMES, FinishReason
 
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -93,6 +96,10 @@ class Metrics:
             ["label"],
             registry=registry,
         )
+        for label in REQUEST_ERRORS:
+            self.request_errors.labels(label)
+        for reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.request_success.labels(reason.value)
         self.client_disconnects = Counter(
             "xllm_client_disconnects_total",
             "Requests whose client went away before their end.",
@@ -140,6 +147,8 @@ class Metrics:
             ["tier"],
             registry=registry,
         )
+        for tier in TIER_NAMES:
+            self.request_cached_tokens.labels(tier)
         self.request_params_n = Histogram(
             "xllm_request_params_n",
             "Samples asked for by each request.",
@@ -314,6 +323,15 @@ class Metrics:
         self.peer_serve_misses = counter(
             "peer_serve_misses", "Blocks that peers asked for and were not here."
         )
+        for tier in TIER_NAMES:
+            self.tier_queries.labels(tier)
+            self.tier_hits.labels(tier)
+            self.peer_served_blocks.labels(tier)
+            self.peer_served_bytes.labels(tier)
+            if tier != TIER_NAMES[0]:
+                self.tier_promotions.labels(tier)
+                self.tier_transfer_bytes.labels(f"from_{tier}")
+                self.tier_transfer_seconds.labels(f"from_{tier}")
         self.kv_block_lifetime_seconds = histogram(
             "kv_block_lifetime", "Age of evicted blocks: time in their tier."
         )
@@ -389,6 +407,8 @@ class Metrics:
             ["tier"],
             registry=registry,
         )
+        for tier in TIER_NAMES:
+            self.route_matched_blocks.labels(tier)
         self.route_seconds = Histogram(
             "xllm_route_seconds",
             "What choosing a worker took.",

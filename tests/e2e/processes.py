@@ -167,7 +167,7 @@ class Launcher:
         ]
         process = self.spawn("etcd", command)
         etcd = Etcd(process.name, process.popen, process.log_path, address)
-        self._wait_healthy(etcd, f"http://{address}/health", START_TIMEOUT_S)
+        self.wait_healthy(etcd, f"http://{address}/health", START_TIMEOUT_S)
         return etcd
 
     def master(self, etcd: Etcd | None, *flags: str, wait_ready: bool = False) -> Master:
@@ -184,7 +184,7 @@ class Launcher:
             operator_url=f"http://127.0.0.1:{operator_port}",
         )
         url = f"{master.http_url}/health"
-        self._wait_healthy(master, url, START_TIMEOUT_S, accept_503=not wait_ready)
+        self.wait_healthy(master, url, START_TIMEOUT_S, accept_503=not wait_ready)
         return master
 
     def worker(self, etcd: Etcd | None, *flags: str, wait_ready: bool = True) -> Worker:
@@ -201,11 +201,16 @@ class Launcher:
             operator_url=f"http://127.0.0.1:{operator_port}",
         )
         if wait_ready:
-            self._wait_healthy(worker, f"{worker.operator_url}/health", START_TIMEOUT_S)
+            self.wait_healthy(worker, f"{worker.operator_url}/health", START_TIMEOUT_S)
         return worker
 
-    def _wait_healthy(
-        self, process: Process, url: str, timeout_s: float, *, accept_503: bool = False
+    def wait_healthy(
+        self,
+        process: Process,
+        url: str,
+        timeout_s: float = START_TIMEOUT_S,
+        *,
+        accept_503: bool = False,
     ) -> None:
         def healthy() -> bool:
             if not process.running:

@@ -35,11 +35,15 @@ _NAMES = [BlockHash(bytes([i]) * 16) for i in range(6)]
 
 def _some_hello(rng: random.Random) -> bytes:
     nonce = b"n" * 32 if rng.random() < 0.4 else b""
-    return _handshake(rng, wire.Hello(wire.PEER_PROTOCOL_VERSION, _B, _A, _LAYOUT, nonce))
+    has_traces = rng.random() < 0.5
+    hello = wire.Hello(wire.PEER_PROTOCOL_VERSION, _B, _A, _LAYOUT, nonce, has_traces)
+    return _handshake(rng, hello)
 
 
 def _some_answer(rng: random.Random) -> bytes:
     answer: msgspec.Struct = wire.Welcome(wire.PEER_PROTOCOL_VERSION, _A)
+    if rng.random() < 0.2:
+        answer = wire.TracedWelcome(wire.PEER_PROTOCOL_VERSION, _A)
     if rng.random() < 0.1:
         answer = wire.Goodbye("because")
     elif rng.random() < 0.1:
@@ -117,7 +121,8 @@ class ServingEndTarget(Target):
             parts.append(_handshake(rng, wire.Proof(rng.randbytes(32))))
         for _ in range(rng.randrange(3)):
             names = rng.choices(_NAMES, k=rng.randint(1, 5))
-            parts.append(wire.encode_fetch(rng.randrange(9), names))
+            trace = f"00-{rng.randbytes(16).hex()}-{rng.randbytes(8).hex()}-01"
+            parts.append(wire.encode_fetch(rng.randrange(9), names, rng.choice(("", trace))))
         return rng.random() < 0.3, _stream(rng, parts)
 
     def feed(self, data: Talk) -> None:

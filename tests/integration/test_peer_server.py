@@ -35,6 +35,7 @@ from xllm.cache.slab_format import checksum_of
 from xllm.cache.tier import TierName
 from xllm.protocol import BlockHash, WorkerId
 from xllm.security.trust import ANYBODY, Trust
+from xllm.tracing import OFF, Tracer
 
 BLOCK_BYTES = 1 << 20
 NUM_BLOCKS = 64
@@ -49,7 +50,7 @@ def name(i: int) -> BlockHash:
 class Server:
     """Blocks 0 .. 31 are there."""
 
-    def __init__(self, limits: ServeLimits, trust: Trust = ANYBODY) -> None:
+    def __init__(self, limits: ServeLimits, trust: Trust = ANYBODY, tracer: Tracer = OFF) -> None:
         self.memory = np.zeros((NUM_BLOCKS, BLOCK_BYTES), dtype=np.uint8)
         self.pool = BlockPool(NUM_BLOCKS)
         block_ids = self.pool.allocate(32)
@@ -60,7 +61,9 @@ class Server:
         self.pool.release(block_ids)
         self.books = SharedBooks()
         self.lender = Lender(self.pool, HostMemoryBlocks(self.memory), None, None)
-        self.server = PeerServer(A, LAYOUT, self.lender, self.books, limits, trust=trust)
+        self.server = PeerServer(
+            A, LAYOUT, self.lender, self.books, limits, trust=trust, tracer=tracer
+        )
         listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = listening.getsockname()[1]
         self.server.start(listening)

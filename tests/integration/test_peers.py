@@ -235,7 +235,7 @@ class FakePeer:
             return
         while True:
             header = await reader.readexactly(FETCH_HEADER_BYTES)
-            fetch_id, count = decode_fetch_header(header)
+            fetch_id, count, _ = decode_fetch_header(header)
             await reader.readexactly(16 * count)
             for index in range(count):
                 await self._send(writer, fetch_id, index)

@@ -16,13 +16,14 @@ from xllm.config import (
     MasterConfig,
     RoutingConfig,
     SecurityConfig,
+    TraceConfig,
     WorkerConfig,
 )
 from xllm.errors import ConfigError
 from xllm.flag_table import ROLES, role_flags
 from xllm.flags import Answer, parse_command_line
 
-BOTH = (EtcdConfig, HostConfig, LogConfig, ApiConfig, SecurityConfig)
+BOTH = (EtcdConfig, HostConfig, LogConfig, TraceConfig, ApiConfig, SecurityConfig)
 
 
 def _worker(*argv: str) -> WorkerConfig:
@@ -58,7 +59,7 @@ def test_without_flags_the_config_has_its_own_defaults() -> None:
     ],
 )
 def test_every_field_of_a_config_has_its_flag(role: str, configs: list[type]) -> None:
-    parts = {"etcd", "net", "log", "api", "engine", "routing", "index", "security"}
+    parts = {"etcd", "net", "log", "api", "engine", "routing", "index", "security", "trace"}
     wanted = {
         (config, field.name)
         for config in configs
@@ -212,6 +213,7 @@ def test_etcd_addresses(address: str) -> None:
             ["--role=worker", "--max_tokens_per_chunk_for_prefill=4096"],
             ["4096", "--max_tokens_per_batch=2048"],
         ),
+        (["--role=master", "--otlp_endpoint=collector:4318"], ["collector:4318", "http://host"]),
         (["--role=master", "--tokenizer_path=/does/not/exist"], ["tokenizer.json"]),
         (["--role=router"], ["--role=router", "--role=master", "--role=worker"]),
         (["--port=1"], ["--role is missing"]),

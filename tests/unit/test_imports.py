@@ -146,6 +146,12 @@ def test_the_master_does_not_import_torch(module: str) -> None:
     assert "torch" not in found, f"by {found['torch']}"
 
 
+@pytest.mark.parametrize("module", ["xllm.roles.master", "xllm.roles.worker", "xllm.roles.loading"])
+def test_nobody_imports_opentelemetry_unless_traces_are_on(module: str) -> None:
+    assert [name for name in closure(module) if name.startswith("opentelemetry")] == []
+    assert "xllm.otlp" not in closure(module)
+
+
 def test_the_command_starts_with_next_to_nothing() -> None:
     """Signal handlers are installed before anything slow is imported."""
     assert {name for name in closure("xllm.main") if name.startswith("xllm")} == set()

@@ -22,6 +22,7 @@ from xllm.cache.peer_wire import (
     Goodbye,
     Hello,
     PeerLayout,
+    TracedWelcome,
     Welcome,
     WireError,
     check_hello,
@@ -36,6 +37,7 @@ from xllm.cache.peer_wire import (
 )
 from xllm.cache.slab_format import checksum_of
 from xllm.protocol import BlockHash, WorkerId
+from xllm.tracing import PACKED_BYTES, unpack
 
 LAYOUT = PeerLayout(b"r" * 16, "fingerprint", "float32", 16, 64)
 A = WorkerId("a")
@@ -46,6 +48,7 @@ def test_handshakes_come_through() -> None:
     for message, decode in (
         (HELLO, decode_hello),
         (Welcome(1, A), decode_answer),
+        (TracedWelcome(1, A), decode_answer),
         (Goodbye("no"), decode_answer),
     ):
         frame = encode_handshake(message)  # type: ignore[arg-type]
@@ -97,8 +100,15 @@ def test_whoever_differs_in_anything_is_refused(hello: Hello, reason: str) -> No
 def test_fetches_come_through_and_are_bounded() -> None:
     names = [BlockHash(bytes([i]) * 16) for i in range(3)]
     frame = encode_fetch(7, names)
-    assert decode_fetch_header(frame[:FETCH_HEADER_BYTES]) == (7, 3)
+    assert decode_fetch_header(frame[:FETCH_HEADER_BYTES]) == (7, 3, 0)
     assert split_hashes(frame[FETCH_HEADER_BYTES:]) == names
+    trace = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    traced = encode_fetch(7, names, trace)
+    header = decode_fetch_header(traced[:FETCH_HEADER_BYTES])
+    assert header == (7, 3, PACKED_BYTES)
+    rest = traced[FETCH_HEADER_BYTES:]
+    assert unpack(rest[:PACKED_BYTES]) == trace
+    assert split_hashes(rest[PACKED_BYTES:]) == names
     for count in (0, MAX_FETCH_BLOCKS + 1, 0xFFFFFFFF):
         with pytest.raises(WireError):
             decode_fetch_header((7).to_bytes(4, "little") + count.to_bytes(4, "little"))

@@ -354,7 +354,7 @@ class KVCache:
         blocks = zip(
             *(seq.block_hashes[start:stop], match.sources, seq.block_table[start:stop]), strict=True
         )
-        seq.load = tiers.start_load(list(blocks), timeout_s)
+        seq.load = tiers.start_load(list(blocks), timeout_s, seq.trace)
         self._loading[seq.load] = seq
 
     def _commit_block(self, seq: CachedSequence, index: int) -> None:

@@ -30,7 +30,10 @@ class LowerTiers(Protocol):
     ) -> list[BlockSource]: ...
 
     def start_load(
-        self, blocks: Seq[tuple[BlockHash, BlockSource, int]], timeout_s: float
+        self,
+        blocks: Seq[tuple[BlockHash, BlockSource, int]],
+        timeout_s: float,
+        trace: str = "",
     ) -> LoadTicket: ...
 
     def cancel(self, ticket: LoadTicket) -> None: ...
@@ -56,6 +59,8 @@ class CachedSequence(Protocol):
     load: LoadTicket | None
     loads: list[LoadSpan]
     """What was loaded for it so far."""
+    trace: str
+    """A `traceparent`, for spans of fetches; empty: no trace."""
     cached_by_tier: dict[TierName, int]
     pending_hashes: list[BlockHash]
     num_committed_blocks: int

@@ -22,6 +22,7 @@ from xllm.cache.peer_wire import MAX_FETCH_BLOCKS
 from xllm.cache.tier import SlotTable, StoredBlock
 from xllm.errors import TierIOError
 from xllm.protocol import BlockHash
+from xllm.tracing import NO_SPAN, SpanKind
 
 OnEnd = Callable[[Transfer], None]
 
@@ -133,11 +134,16 @@ class LocalRun:
 class PeerRun:
     """From a peer: nothing is pinned before it is asked, and it may not have a block any more."""
 
-    def __init__(self, client: PeerClient, book: PeerBook, mover: Mover, peer: Peer) -> None:
+    def __init__(
+        self, client: PeerClient, book: PeerBook, mover: Mover, peer: Peer, trace: str = ""
+    ) -> None:
+        """`trace`: whose child the span of the fetch is."""
         self._client = client
         self._book = book
         self._mover = mover
         self._peer = peer
+        self._trace = trace
+        self._span = NO_SPAN
         self._hashes: list[BlockHash] = []
         self._fetch: PeerFetch | None = None
 
@@ -153,7 +159,18 @@ class PeerRun:
         self, block_ids: Sequence[int], deadline: float, on_end: OnEnd, group: TransferGroup
     ) -> Transfer:
         give_up_at = deadline + self._client.limits.grace_s
-        fetch = self._fetch = PeerFetch(self._peer, self._hashes, block_ids, give_up_at)
+        if self._trace:
+            self._span = self._client.tracer.start(
+                "fetch blocks",
+                self._trace,
+                kind=SpanKind.CLIENT,
+                attributes={
+                    "xllm.peer": self._peer.worker_id,
+                    "xllm.num_blocks": len(self._hashes),
+                },
+            )
+        trace = self._span.traceparent
+        fetch = self._fetch = PeerFetch(self._peer, self._hashes, block_ids, give_up_at, trace)
         transfer = self._mover.open_elsewhere(on_end, lambda: self._client.try_cancel(fetch), group)
         self._client.start(fetch, transfer)
         return transfer
@@ -170,7 +187,10 @@ class PeerRun:
             self._book.failed(self._peer)
         else:
             counters.num_absent += outcomes.count(BlockOutcome.ABSENT)
+        self._span.set({"xllm.num_sound": sound.count(True), "xllm.num_corrupt": num_corrupt})
+        self._span.end(error="" if transfer.error is None else str(transfer.error))
         return sound, num_corrupt
 
     def abandon(self) -> None:
         """Nothing is held here."""
+        self._span.end(error="taken back before it was sent")

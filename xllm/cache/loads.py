@@ -79,9 +79,13 @@ class LoadTicket:
         "num_arrived",
         "spans",
         "started_at",
+        "trace",
     )
 
-    def __init__(self, items: list[_Item], started_at: float, deadline: float) -> None:
+    def __init__(
+        self, items: list[_Item], started_at: float, deadline: float, trace: str = ""
+    ) -> None:
+        self.trace = trace
         self._items = items
         self._runs: list[_Run] = []
         self.started_at = started_at
@@ -175,7 +179,10 @@ class Loader:
         return min((ticket.deadline for ticket in self._loading), default=None)
 
     def start(
-        self, blocks: Sequence[tuple[BlockHash, BlockSource, int]], timeout_s: float
+        self,
+        blocks: Sequence[tuple[BlockHash, BlockSource, int]],
+        timeout_s: float,
+        trace: str = "",
     ) -> LoadTicket:
         """Pins blocks where they are and queues their transfers.
 
@@ -185,7 +192,7 @@ class Loader:
         """
         now = self._clock()
         items = [_Item(block_hash, block_id, source) for block_hash, source, block_id in blocks]
-        ticket = LoadTicket(items, now, now + timeout_s)
+        ticket = LoadTicket(items, now, now + timeout_s, trace)
         self.counters.num_tickets += 1
         self._loading[ticket] = None
         self._pin(ticket)
@@ -255,7 +262,7 @@ class Loader:
                 and not run.blocks.is_full
             )
             if not is_open or run is None:
-                blocks = self._open_run(item.source)
+                blocks = self._open_run(item.source, ticket.trace)
                 run = None if blocks is None else _Run(ticket, i, i, item.source, blocks)
             if run is None or not run.blocks.try_add(item.hash):
                 self._lower(ticket, i)
@@ -264,7 +271,7 @@ class Loader:
                 ticket._runs.append(run)
             run.stop = i + 1
 
-    def _open_run(self, source: BlockSource) -> LoadRun | None:
+    def _open_run(self, source: BlockSource, trace: str) -> LoadRun | None:
         """None: the source has gone."""
         device, mover = self._device, self._mover
         if source.tier is TierName.HOST and self._host is not None:
@@ -274,7 +281,7 @@ class Loader:
             if attachment is not None:
                 return LocalRun(device, mover, attachment.table, self._disk, attachment)
         if source.peer is not None and self._peers is not None:
-            return PeerRun(self._peers.client, self._peers.book, mover, source.peer)
+            return PeerRun(self._peers.client, self._peers.book, mover, source.peer, trace)
         return None
 
     def _end(self, run: _Run, transfer: Transfer) -> None:

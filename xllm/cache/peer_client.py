@@ -38,6 +38,7 @@ from xllm.net import split_host_port
 from xllm.protocol import WorkerId
 from xllm.security.secret import new_nonce
 from xllm.security.trust import ANYBODY, Trust
+from xllm.tracing import OFF
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class PeerClient:
         trust: Trust = ANYBODY,
     ) -> None:
         self.trust = trust
+        self.tracer = OFF
+        """To be set before the first fetch."""
         self.caller = caller
         self.layout = layout
         self.device = device
@@ -222,6 +225,7 @@ class _Link:
                 hello = Hello(
                     *(PEER_PROTOCOL_VERSION, client.caller, self.peer.worker_id, client.layout),
                     b"" if key is None else new_nonce(),
+                    client.tracer.is_on,
                 )
                 _, connection = await client.loop.create_connection(
                     lambda: PeerConnection(hello, self._receiver, self, key),
@@ -257,7 +261,8 @@ class _Link:
                 fetch.state = FetchState.SENT
             self._set_targets(fetch)
             fetch_id = self._receiver.expect(fetch)
-            self._connection.write(encode_fetch(fetch_id, fetch.hashes))
+            trace = fetch.trace if self._connection.takes_traces else ""
+            self._connection.write(encode_fetch(fetch_id, fetch.hashes, trace))
 
     def _set_targets(self, fetch: PeerFetch) -> None:
         views = [self._client.device.view(block_id) for block_id in fetch.block_ids]

@@ -17,6 +17,7 @@ from xllm.cache.peer_wire import (
     Goodbye,
     Hello,
     Proof,
+    TracedWelcome,
     Welcome,
     WireError,
     decode_answer,
@@ -57,6 +58,8 @@ class PeerConnection(asyncio.BufferedProtocol):
         self._claim.begin(handshake_body(hello))
         self.shaken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done after the handshake, with WireError or OSError if it failed."""
+        self.takes_traces = False
+        """The peer wants to know which traces fetches belong to."""
         self._hello = hello
         self._receiver = receiver
         self._listener = listener
@@ -128,6 +131,7 @@ class PeerConnection(asyncio.BufferedProtocol):
         if answer.protocol_version != PEER_PROTOCOL_VERSION or answer.callee != self._hello.callee:
             raise WireError(f"reached worker {answer.callee}, protocol {answer.protocol_version}")
         self._check_proof(answer)
+        self.takes_traces = isinstance(answer, TracedWelcome)
         self.shaken.set_result(None)
 
     def _prove(self, challenge: bytes) -> None:
@@ -140,7 +144,7 @@ class PeerConnection(asyncio.BufferedProtocol):
         self._handshake = memoryview(bytearray(LENGTH_BYTES))
         self._has_length = False
 
-    def _check_proof(self, welcome: Welcome) -> None:
+    def _check_proof(self, welcome: Welcome | TracedWelcome) -> None:
         """Raises: WireError unless the peer knows the secret too, or there is none."""
         unproven = handshake_body(msgspec.structs.replace(welcome, proof=b""))
         if refusal := self._claim.check(welcome.proof, unproven):

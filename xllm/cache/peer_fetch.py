@@ -44,7 +44,9 @@ class BlockOutcome(enum.Enum):
 class PeerFetch:
     """Some blocks of one chain, asked of one peer with one request."""
 
-    __slots__ = ("block_ids", "give_up_at", "hashes", "outcomes", "peer", "state", "targets")
+    __slots__ = (
+        *("block_ids", "give_up_at", "hashes", "outcomes", "peer", "state", "targets", "trace"),
+    )
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class PeerFetch:
         hashes: Sequence[BlockHash],
         block_ids: Sequence[int],
         give_up_at: float,
+        trace: str = "",
     ) -> None:
         """block_ids: device blocks that take them. `give_up_at`, by `time.monotonic`: when nobody
         has been waiting for a while and the blocks are wanted back."""
@@ -59,6 +62,8 @@ class PeerFetch:
         self.hashes = list(hashes)
         self.block_ids = list(block_ids)
         self.give_up_at = give_up_at
+        self.trace = trace
+        """Whose child the span of the serving side is; empty: no trace."""
         self.state = FetchState.QUEUED
         self.outcomes = [BlockOutcome.ABSENT] * len(self.hashes)
         self.targets: list[Buffer] = []

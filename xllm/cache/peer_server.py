@@ -22,7 +22,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from xllm.cache.peer_wire import (
     Challenge,
     Goodbye,
     PeerLayout,
+    TracedWelcome,
     Welcome,
     WireError,
     check_hello,
@@ -59,6 +61,7 @@ from xllm.errors import TierIOError
 from xllm.protocol import BlockHash, WorkerId
 from xllm.security.secret import new_nonce
 from xllm.security.trust import ANYBODY, FIX, WRONG_PROOF, Trust
+from xllm.tracing import NO_SPAN, OFF, Span, SpanKind, Tracer, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,7 @@ class PeerServer:
         limits: ServeLimits | None = None,
         is_busy: Callable[[], bool] = lambda: False,
         trust: Trust = ANYBODY,
+        tracer: Tracer = OFF,
     ) -> None:
         """`books`: the lender's. `is_busy`: whether the engine computes, so
         that serving has to be gentle; called on the server's thread."""
@@ -104,6 +108,7 @@ class PeerServer:
         self.limits = limits or ServeLimits()
         self.num_connections = 0
         self._trust = trust
+        self._tracer = tracer
         self._tls = None if trust.tls is None else trust.tls.for_members()
         self._lender = lender
         self._books = books
@@ -194,7 +199,9 @@ class PeerServer:
         async with asyncio.timeout(self.limits.handshake_s):
             said = await _receive_handshake(connected)
             hello = decode_hello(said)
-            welcome = Welcome(PEER_PROTOCOL_VERSION, self.worker_id)
+            wants_traces = hello.has_traces and self._tracer.is_on
+            kind = TracedWelcome if wants_traces else Welcome
+            welcome = kind(PEER_PROTOCOL_VERSION, self.worker_id)
             refusal = check_proof_wanted(hello, wants=key is not None)
             if key is not None and not refusal:
                 challenge = Challenge(new_nonce())
@@ -204,7 +211,7 @@ class PeerServer:
                 if not key.check(decode_proof(answer).mac, "fetching", *before):
                     refusal = f"{WRONG_PROOF}: {FIX}"
                 proof = key.prove("serving", *before, answer, handshake_body(welcome))
-                welcome = Welcome(PEER_PROTOCOL_VERSION, self.worker_id, proof)
+                welcome = kind(PEER_PROTOCOL_VERSION, self.worker_id, proof)
         if refusal:
             logger.error("peer_not_trusted worker_id=%r reason=%r", hello.caller, refusal)
         elif refusal := check_hello(hello, self.worker_id, self.layout):
@@ -224,18 +231,39 @@ class PeerServer:
             return False
         async with asyncio.timeout(self.limits.frame_s):
             header = first + await connected.receive(FETCH_HEADER_BYTES - 1)
-            fetch_id, count = decode_fetch_header(header)
+            fetch_id, count, num_trace_bytes = decode_fetch_header(header)
+            trace = unpack(await connected.receive(num_trace_bytes)) if num_trace_bytes else ""
             hashes = split_hashes(await connected.receive(count * HASH_BYTES))
+        span = NO_SPAN
+        if trace:
+            attributes = {"xllm.num_blocks": count}
+            span = self._tracer.start(
+                "serve blocks", trace, kind=SpanKind.SERVER, attributes=attributes
+            )
+        error = "the connection ended"
+        try:
+            await self._serve_loans(connected, fetch_id, hashes, span)
+            error = ""
+        finally:
+            span.end(error=error)
+        return True
+
+    async def _serve_loans(
+        self, connected: PeerSocket, fetch_id: int, hashes: Sequence[BlockHash], span: Span
+    ) -> None:
         step = self._lender.max_blocks
-        for start in range(0, count, step):
+        sent: Counter[TierName] = Counter()
+        for start in range(0, len(hashes), step):
             async with self._loans:
                 await self._pace.wait()
-                await self._serve_loan(connected, fetch_id, start, hashes[start : start + step])
-        return True
+                some = hashes[start : start + step]
+                sent.update(await self._serve_loan(connected, fetch_id, start, some))
+        span.set({f"xllm.sent_blocks.{tier.value}": count for tier, count in sent.items()})
 
     async def _serve_loan(
         self, connected: PeerSocket, fetch_id: int, start: int, hashes: Sequence[BlockHash]
-    ) -> None:
+    ) -> Mapping[TierName, int]:
+        """-> how many blocks were sent, by the tier that had them."""
         lent: asyncio.Future[Loan] = self._loop.create_future()
 
         def lend() -> None:
@@ -261,6 +289,7 @@ class PeerServer:
                 buffers += (encode_hit(fetch_id, index, num_bytes, block.checksum), block.payload)
                 loan.num_sent[block.tier] = loan.num_sent.get(block.tier, 0) + 1
             await connected.send(buffers)
+            return dict(loan.num_sent)
         except BaseException:
             lent.result().num_sent.clear()
             raise

@@ -13,8 +13,12 @@ Challenge and Proof only where there is a cluster secret: `security/secret.py` s
 From then on everything has a fixed form, little-endian, and is answered in the order asked:
 
     Fetch     u32 fetch id, u32 number of hashes, then 16 bytes for each
+              with 2^31 added to the number: first 25 bytes of a trace context
     block     u32 fetch id, u32 index in the fetch, u32 status, u32 payload length,
               16 bytes checksum, then the payload
+
+Trace contexts are only for a serving side that has asked for them, in its answer to a Hello that
+offers them (TracedWelcome instead of Welcome), so that either side may be of an older version.
 
 A block's payload is `block_bytes` long, or empty where the block could not be had. Layouts that
 differ in anything never get past the handshake: a block's name already covers model, dtype and
@@ -38,6 +42,7 @@ from xllm.errors import PeerUnavailable
 from xllm.protocol import BlockHash, WorkerId
 from xllm.security.secret import NONCE_BYTES
 from xllm.security.trust import FIX, NO_PROOF, NO_SECRET_HERE
+from xllm.tracing import PACKED_BYTES, pack
 
 PEER_PROTOCOL_VERSION = 1
 
@@ -53,6 +58,8 @@ _T = TypeVar("_T")
 _LENGTH: Final = struct.Struct("<I")
 _FETCH: Final = struct.Struct("<II")
 _BLOCK: Final = struct.Struct("<IIII16s")
+
+_IS_TRACED: Final = 1 << 31
 
 LENGTH_BYTES = _LENGTH.size
 FETCH_HEADER_BYTES = _FETCH.size
@@ -92,6 +99,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
     layout: PeerLayout
     nonce: bytes = b""
     """New for each connection, from a caller that has a secret and wants it proven; else empty."""
+    has_traces: bool = False
+    """Fetches may belong to traces, if the serving side wants to know."""
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -99,6 +108,14 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=1):
     callee: WorkerId
     proof: bytes = b""
     """The serving side knows the secret, if that was asked for."""
+
+
+class TracedWelcome(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """Welcome; and fetches may carry their trace context."""
+
+    protocol_version: int
+    callee: WorkerId
+    proof: bytes = b""
 
 
 class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -122,17 +139,16 @@ class Proof(msgspec.Struct, frozen=True, array_like=True, tag=4):
 _encoder: Final = msgspec.msgpack.Encoder()
 _hello: Final = msgspec.msgpack.Decoder(Hello)
 _proof: Final = msgspec.msgpack.Decoder(Proof)
-_answer: Final[msgspec.msgpack.Decoder[Welcome | Goodbye | Challenge]] = msgspec.msgpack.Decoder(
-    Welcome | Goodbye | Challenge
-)
+Answer = Welcome | TracedWelcome | Goodbye | Challenge
+_answer: Final[msgspec.msgpack.Decoder[Answer]] = msgspec.msgpack.Decoder(Answer)
 
 
-def handshake_body(message: Hello | Welcome | Goodbye | Challenge | Proof) -> bytes:
+def handshake_body(message: Hello | Answer | Proof) -> bytes:
     """What is proven, and what `encode_handshake` puts behind the length."""
     return _encoder.encode(message)
 
 
-def encode_handshake(message: Hello | Welcome | Goodbye | Challenge | Proof) -> bytes:
+def encode_handshake(message: Hello | Answer | Proof) -> bytes:
     """One frame."""
     body = handshake_body(message)
     assert len(body) <= MAX_HANDSHAKE_BYTES
@@ -157,7 +173,7 @@ def decode_proof(body: bytes | memoryview) -> Proof:
     return _decode(_proof, body, "a proof")
 
 
-def decode_answer(body: bytes | memoryview) -> Welcome | Goodbye | Challenge:
+def decode_answer(body: bytes | memoryview) -> Answer:
     """Raises: WireError."""
     return _decode(_answer, body, "an answer to a handshake")
 
@@ -191,17 +207,30 @@ def check_proof_wanted(hello: Hello, *, wants: bool) -> str:
     return ""
 
 
-def encode_fetch(fetch_id: int, hashes: Sequence[BlockHash]) -> bytes:
+def encode_fetch(fetch_id: int, hashes: Sequence[BlockHash], trace: str = "") -> bytes:
+    """`trace`: a valid `traceparent`, for a side that wants it."""
     assert 0 < len(hashes) <= MAX_FETCH_BLOCKS
-    return _FETCH.pack(fetch_id, len(hashes)) + b"".join(hashes)
+    names = b"".join(hashes)
+    if trace:
+        return _FETCH.pack(fetch_id, len(hashes) | _IS_TRACED) + pack(trace) + names
+    return _FETCH.pack(fetch_id, len(hashes)) + names
 
 
-def decode_fetch_header(header: bytes | memoryview) -> tuple[int, int]:
-    """-> fetch id, number of hashes. Raises: WireError."""
+class FetchHeader(NamedTuple):
+    fetch_id: int
+    num_hashes: int
+    num_trace_bytes: int
+    """Before the hashes."""
+
+
+def decode_fetch_header(header: bytes | memoryview) -> FetchHeader:
+    """Raises: WireError."""
     fetch_id, count = _FETCH.unpack(header)
+    num_trace_bytes = PACKED_BYTES if count & _IS_TRACED else 0
+    count &= ~_IS_TRACED
     if not 0 < count <= MAX_FETCH_BLOCKS:
         raise WireError(f"a fetch of {count} blocks")
-    return fetch_id, count
+    return FetchHeader(fetch_id, count, num_trace_bytes)
 
 
 class BlockStatus(enum.IntEnum):

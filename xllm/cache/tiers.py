@@ -185,14 +185,17 @@ class Tiers:
         return sources
 
     def start_load(
-        self, blocks: Sequence[tuple[BlockHash, BlockSource, int]], timeout_s: float
+        self,
+        blocks: Sequence[tuple[BlockHash, BlockSource, int]],
+        timeout_s: float,
+        trace: str = "",
     ) -> LoadTicket:
         """Begins to load blocks that `match` has found, in the order of the chain.
 
         blocks: (hash, source, device block). The ticket may be done at once; it is in the next
-        `poll` all the same.
+        `poll` all the same. trace: whose children the spans of fetches are.
         """
-        return self._loader.start(blocks, timeout_s)
+        return self._loader.start(blocks, timeout_s, trace)
 
     def cancel(self, ticket: LoadTicket) -> None:
         """Ends a ticket with nothing; `poll` does not return it. Idempotent."""

@@ -45,6 +45,7 @@ from xllm.engine.limits import check_request, scheduler_limits
 from xllm.engine.load_meter import LoadMeter
 from xllm.engine.outputs import StepOutputs
 from xllm.engine.request import Sequence
+from xllm.engine.request_trace import end_trace, start_trace
 from xllm.engine.runner import Runner
 from xllm.engine.running_request import Listener, RunningRequest
 from xllm.engine.sampler import SampledTokens
@@ -55,6 +56,7 @@ from xllm.engine.timeline import Timeline
 from xllm.engine.warm_up import warm_up_plans
 from xllm.errors import EngineFault, NoWorker, Overloaded, RequestError, WorkerLost
 from xllm.protocol import BlockHash, FetchRange, GenerateRequest, TokenDelta
+from xllm.tracing import OFF, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +124,8 @@ class Engine:
         self._open: dict[int, RunningRequest] = {}
         """The engine thread's, by id of the request message, which the handle keeps alive."""
         self.observer: EngineObserver | None = None
-        """To be set before `start`."""
+        """To be set before `start`, as the next."""
+        self.tracer: Tracer = OFF
         self._counters = Counters()
         self._statistics = EngineStatistics(num_blocks=runner.num_blocks)
         self.cache_news: Final = NewsCollector(self.kv_cache, self.tiers)
@@ -175,6 +178,8 @@ class Engine:
             on_cancel=lambda handle: self._commands.put(partial(self._abort, handle)),
             on_end=self._handles.discard,
         )
+        if self.tracer.is_on:
+            handle.span = start_trace(self.tracer, request, timeline)
         self._handles.add(handle)
         self._commands.put(lambda: self._begin(handle))
         return handle
@@ -327,9 +332,10 @@ class Engine:
             for index in range(request.index, request.index + request.n)
         )
         first.children = children
-        first.loads = handle.timeline.loads
+        for seq in (first, *children):
+            seq.loads = handle.timeline.loads
+            seq.trace = handle.span.traceparent
         for child in children:
-            child.loads = first.loads
             child.prompt_logprobs = first.prompt_logprobs
         self._open[id(request)] = handle
         self._scheduler.add(first)
@@ -337,7 +343,7 @@ class Engine:
     def _abort(self, handle: RunningRequest) -> None:
         self._scheduler.abort(handle.request)
         if self._open.pop(id(handle.request), None) is not None:
-            self._observe_end(handle)
+            self._observe_end(handle)  # cancelled, as at each stop string: that is no error
 
     def _stop(self) -> None:
         self._is_stopping = True
@@ -396,10 +402,13 @@ class Engine:
                 if self.observer is not None:
                     self.observer.request_begun(now - item.seq.arrival)
 
-    def _observe_end(self, handle: RunningRequest) -> None:
-        handle.timeline.ended_at = time.monotonic()
+    def _observe_end(self, handle: RunningRequest, error: str = "") -> None:
+        timeline, span = handle.timeline, handle.span
+        timeline.ended_at = time.monotonic()
         if self.observer is not None:
-            self.observer.request_ended(handle.request, handle.timeline)
+            self.observer.request_ended(handle.request, timeline)
+        if self.tracer.is_on:
+            self._post(lambda: end_trace(span, timeline, error))
 
     def _execute(self, plan: StepPlan, outputs: StepOutputs) -> SampledTokens:
         runner = self._runner
@@ -422,7 +431,7 @@ class Engine:
         self._scheduler.abort(request)
         handle = self._open.pop(id(request), None)
         if handle is not None:
-            self._observe_end(handle)
+            self._observe_end(handle, error.message)
             self._outbox.append((handle, error))
 
     def _emit(self, delta: TokenDelta, seq: Sequence) -> None:

@@ -70,6 +70,7 @@ class Sequence:
         "sampling",
         "state",
         "token_ids",
+        "trace",
     )
 
     def __init__(self, request: GenerateRequest, index: int, arrival: float) -> None:
@@ -97,6 +98,8 @@ class Sequence:
         """While LOADING."""
         self.loads: list[LoadSpan] = []
         """Of all admissions; the samples of a request share it."""
+        self.trace = ""
+        """Whose children the spans of fetches are."""
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.num_committed_blocks = 0

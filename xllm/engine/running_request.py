@@ -7,6 +7,7 @@ from collections.abc import Callable
 from xllm.engine.timeline import Timeline
 from xllm.errors import RequestError
 from xllm.protocol import GenerateRequest, TokenDelta
+from xllm.tracing import NO_SPAN
 
 Listener = Callable[[TokenDelta | RequestError], None]
 
@@ -21,6 +22,7 @@ class RunningRequest:
         "num_open_samples",
         "num_running_samples",
         "request",
+        "span",
         "timeline",
     )
 
@@ -37,6 +39,7 @@ class RunningRequest:
         self.listener: Listener | None = listener
         self.timeline = timeline
         """The engine thread's."""
+        self.span = NO_SPAN
         self.num_open_samples = request.n
         """As the event loop has seen."""
         self.num_running_samples = request.n

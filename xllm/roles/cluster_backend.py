@@ -42,6 +42,7 @@ from xllm.roles.routed_generation import Placed, RoutedGeneration
 from xllm.roles.stream_client import StreamRequest, WorkerStream
 from xllm.telemetry import Metrics
 from xllm.tokenizer import Tokenizer
+from xllm.tracing import OFF, Attribute, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +64,13 @@ class ClusterBackend:
         limits: RoutingConfig | None = None,
         on_sent: Callable[[GenerateRequest, CostRoute], None] = lambda *_: None,
         journal: Journal | None = None,
+        tracer: Tracer = OFF,
     ) -> None:
         """Without a `tokenizer` for all models, each model's comes from its workers. `on_sent` is
         told of each attempt, `journal` what becomes of it, too."""
         self.journal = journal or Journal(time.monotonic, time.time)
         self._on_sent = on_sent
+        self._tracer = tracer
         self._registry = registry
         self._router = router
         self._metrics = metrics
@@ -187,14 +190,34 @@ class ClusterBackend:
 
     def _route(self, request: GenerateRequest, candidates: list[Candidate]) -> CostRoute:
         """Raises: Overloaded."""
+        span = self._tracer.start("route", request.traceparent)
         started_at = time.perf_counter()
         try:
-            return self._router.route(request, candidates, self._peers(request.model_id))
-        except Overloaded:
+            route = self._router.route(request, candidates, self._peers(request.model_id))
+        except Overloaded as error:
             self._metrics.route_decisions.labels(self._router.name, "refused").inc()
+            span.end(error=error.message)
             raise
         finally:
             self._metrics.route_seconds.observe(time.perf_counter() - started_at)
+        if self._tracer.is_on:
+            span.set(self._described(request, route))
+            span.end()
+        return route
+
+    def _described(self, request: GenerateRequest, route: CostRoute) -> dict[str, Attribute]:
+        return {
+            "xllm.policy": self._router.name,
+            "xllm.attempt": request.attempt,
+            "xllm.worker_id": route.worker_id,
+            "xllm.estimated_ttft_s": route.estimate.parts.ttft_s,
+            "xllm.fetched_blocks": sum(fetch.count for fetch in route.fetch),
+            **{
+                f"xllm.matched_blocks.{tier}": num_blocks
+                for tier, num_blocks in zip(TIER_NAMES, route.estimate.prefix, strict=True)
+                if num_blocks
+            },
+        }
 
     def _count(self, route: CostRoute) -> None:
         """A route that was taken."""

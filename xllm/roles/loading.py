@@ -24,6 +24,7 @@ from xllm.engine.weights import weight_files
 from xllm.model_store import default_model_id, resolve_model
 from xllm.protocol import ModelCard, WorkerId
 from xllm.security.trust import ANYBODY, Trust
+from xllm.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,13 @@ class LoadedModel:
     engine: Engine
     peer_trust: Trust
 
+    def use_tracer(self, tracer: Tracer) -> None:
+        """To be called before the engine starts and blocks are served."""
+        engine = self.engine
+        engine.tracer = tracer
+        if engine.tiers is not None and engine.tiers.peers is not None:
+            engine.tiers.peers.client.tracer = tracer
+
     def serve_blocks(self, worker_id: WorkerId, listening: socket.socket) -> PeerServer:
         """Serves this worker's blocks to its peers on a bound socket, until it is closed: before
         the engine stops. Only where the model was loaded with a `peer_id`."""
@@ -50,6 +58,7 @@ class LoadedModel:
             *(worker_id, layout, lender, books),
             is_busy=lambda: engine.is_busy,
             trust=self.peer_trust,
+            tracer=engine.tracer,
         )
         server.start(listening)
         return server

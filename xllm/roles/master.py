@@ -46,6 +46,7 @@ from xllm.roles.page_files import page_routes
 from xllm.roles.route_port import RoutePort
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer
+from xllm.tracing import make_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
             ),
             started_at=time.time(),
         )
+        tracer = make_tracer(config.trace, "master", info.master_id)
+        stack.push_async_callback(asyncio.to_thread, tracer.close)
         tokenizer = await _load_tokenizer(config)
         cluster = Cluster(info.master_id, metrics, trust=guards.trust("stream"))
         global_index = GlobalIndex(keys, cluster.registry.answers, metrics)
@@ -100,7 +103,9 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
         )
         hot = HotPrefixDuty(global_index.index, router, cluster.registry, metrics, time.monotonic)
         backend = ClusterBackend(
-            *(cluster.registry, router, metrics, tokenizer, config.routing), on_sent=hot.observe
+            *(cluster.registry, router, metrics, tokenizer, config.routing),
+            on_sent=hot.observe,
+            tracer=tracer,
         )
         figures = Figures(metrics, backend.journal)
         executor = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -138,7 +143,9 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
         # What is left last is entered first: the lease outlives the tasks, and these the API.
         etcd_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        app = build_app(backend, config.api, metrics, guards.api, lambda: departure.is_leaving)
+        app = build_app(
+            *(backend, config.api, metrics, guards.api, lambda: departure.is_leaving), tracer=tracer
+        )
         runner = make_runner(app, config.drain_timeout)
         await stack.enter_async_context(serve(runner, api_socket, tls))
         tasks.create_task(measure_event_loop_lag(metrics))

@@ -44,6 +44,7 @@ from xllm.roles.worker_duties import run_duties
 from xllm.security.trust import ANYBODY, Trust
 from xllm.telemetry import Metrics, measure_event_loop_lag
 from xllm.tokenizer import Tokenizer, read_tokenizer_files
+from xllm.tracing import make_tracer
 
 if TYPE_CHECKING:
     from xllm.roles.loading import LoadedModel
@@ -150,12 +151,15 @@ class _Worker:
             keys = Keys(config.etcd.etcd_namespace)
             host = await advertised_host(config.net, client.addresses.split(","))
             worker_id = self._worker_id(host)
+            tracer = make_tracer(config.trace, "worker", worker_id)
+            stack.push_async_callback(asyncio.to_thread, tracer.close)
             await client.connect(ETCD_WAIT_S)
             peer_id = None if self._block_socket is None else worker_id
             trust = self._guards.trust("blocks")
             model = await asyncio.to_thread(
                 _load_model, config.engine, self.metrics, peer_id, trust
             )
+            model.use_tracer(tracer)
             session = Session(client, config.etcd.lease_ttl)
             # Warming up takes longer than finding out that it is in vain.
             await check_peers(client, keys, self._info(worker_id, session.epoch, host, model))
@@ -235,15 +239,19 @@ class _Worker:
         """The public API over the own engine; it answers 503 until the model is loaded."""
         config = self.config
         host = config.net.advertise_host or config.net.host
-        backend = LocalBackend(self._worker_id(host))
-        app = build_app(backend, config.api, self.metrics, self._guards.api)
+        worker_id = self._worker_id(host)
+        backend = LocalBackend(worker_id)
+        tracer = make_tracer(config.trace, "worker", worker_id)
+        app = build_app(backend, config.api, self.metrics, self._guards.api, tracer=tracer)
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, tracer.close)
             # The engine outlives the API, whose shutdown lets running requests end.
             engine_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
             await stack.enter_async_context(
                 serve(make_runner(app), self._main_socket, self.client_tls)
             )
             model = await asyncio.to_thread(_load_model, config.engine, self.metrics)
+            model.use_tracer(tracer)
             await engine_stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
             backend.open(model.card, model.engine, tokenizer)

@@ -25,6 +25,7 @@ from xllm.roles.api.prompts import PromptEncoder
 from xllm.roles.api.sse import ClientGone
 from xllm.roles.backend import Backend
 from xllm.telemetry import Metrics
+from xllm.tracing import OFF, Span, SpanKind, Tracer, valid_traceparent
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,14 @@ def build_app(
     metrics: Metrics,
     authenticator: Authenticator | None = None,
     is_leaving: Callable[[], bool] = lambda: False,
+    tracer: Tracer = OFF,
 ) -> web.Application:
     """The public API over `backend`, for everybody or for whom the authenticator knows. Serve it
     with `make_runner`.
 
     While `is_leaving`, it serves on, but says that it is not healthy and keeps no connection.
     """
-    middlewares = [_answer_errors(metrics)]
+    middlewares = [_answer_errors(metrics, tracer)]
     if authenticator is not None:
         middlewares.append(authenticator.middleware)
     app = web.Application(client_max_size=config.max_body_size, middlewares=middlewares)
@@ -104,15 +106,23 @@ def make_runner(app: web.Application, shutdown_s: float = _SHUTDOWN_S) -> web.Ap
     )
 
 
-def _answer_errors(metrics: Metrics) -> Middleware:
+def _answer_errors(metrics: Metrics, tracer: Tracer) -> Middleware:
     """Outermost: names the request, and turns whatever goes wrong into an error object."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL] = Call(_request_id(request), time.monotonic())
-        answer = await answer_any(request, handler, call)
-        status = f"{answer.status // 100}xx"
-        metrics.http_requests.labels(_handler_name(request), status).inc()
+        path = _handler_name(request)
+        if request.method == "POST":
+            call.span = _start_trace(tracer, request, call, path)
+        error = "the client has gone"
+        try:
+            answer = await answer_any(request, handler, call)
+            error = f"status {answer.status}" if answer.status >= 500 else ""
+            call.span.set({"http.response.status_code": answer.status})
+        finally:
+            call.span.end(error=error)
+        metrics.http_requests.labels(path, f"{answer.status // 100}xx").inc()
         return answer
 
     async def answer_any(request: web.Request, handler: Handler, call: Call) -> web.StreamResponse:
@@ -142,6 +152,24 @@ def _answer_errors(metrics: Metrics) -> Middleware:
             return error_response(EngineFault("internal error"))
 
     return middleware
+
+
+def _start_trace(tracer: Tracer, request: web.Request, call: Call, path: str) -> Span:
+    """A trace of its own, or what the client's `traceparent` says."""
+    parent = valid_traceparent(request.headers.get("traceparent"))
+    if not tracer.is_on:
+        return tracer.start(path, parent)
+    return tracer.start(
+        f"POST {path}",
+        parent,
+        kind=SpanKind.SERVER,
+        at=call.received_at,
+        attributes={
+            "http.request.method": "POST",
+            "http.route": path,
+            "xllm.request_id": call.request_id,
+        },
+    )
 
 
 def _handler_name(request: web.Request) -> str:

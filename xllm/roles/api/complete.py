@@ -22,6 +22,7 @@ from xllm.roles.api.sample import Part, Sample, TextOptions
 from xllm.roles.api.sse import DONE, EventStream, event
 from xllm.telemetry import Metrics
 from xllm.tokenizer import Tokenizer
+from xllm.tracing import NO_SPAN, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class Job:
     """`time.monotonic()` when the HTTP request came in."""
     take_output: Callable[[int], None] = lambda num_tokens: None
     """Is told of output tokens as they come."""
+    span: Span = NO_SPAN
+    """Of the HTTP request."""
 
 
 async def respond_whole(job: Job, generations: Generations, metrics: Metrics) -> web.Response:
@@ -128,6 +131,7 @@ class _Answer:
         now = time.monotonic()
         if not self._has_tokens:
             self._has_tokens = True
+            self._job.span.set({"xllm.ttft_s": now - self._job.received_at})
             self._metrics.time_to_first_token_seconds.observe(now - self._job.received_at)
         parts = []
         for number, delta in deltas:
@@ -164,7 +168,16 @@ class _Answer:
             if first is not None and last is not None and sample.num_tokens > 1:
                 tpot_s = (last - first) / (sample.num_tokens - 1)
                 metrics.request_time_per_output_token_seconds.observe(tpot_s)
-        for tier, num_tokens in self.usage.cached_tokens_by_tier.items():
+        usage = self.usage
+        self._job.span.set(
+            {
+                "gen_ai.request.model": self._job.requests[0].model_id,
+                "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                "gen_ai.usage.output_tokens": usage.completion_tokens,
+                "xllm.cached_tokens": usage.cached_tokens,
+            }
+        )
+        for tier, num_tokens in usage.cached_tokens_by_tier.items():
             metrics.request_cached_tokens.labels(tier).inc(num_tokens)
         for request in self._job.requests:
             metrics.request_params_n.observe(request.n)

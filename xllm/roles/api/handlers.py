@@ -28,6 +28,7 @@ from xllm.roles.api.sampling import choose_seed, sampling_params
 from xllm.roles.backend import Backend
 from xllm.telemetry import Metrics
 from xllm.tokenizer import Tokenizer
+from xllm.tracing import NO_SPAN, Span
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class Call:
     received_at: float
     """`time.monotonic()`."""
     generations: Generations | None = None
+    span: Span = NO_SPAN
 
 
 CALL = web.RequestKey("call", Call)
@@ -112,7 +114,9 @@ class GenerationHandlers:
         caller = request.get(CALLER, ANYBODY)
         with_logprobs = body.num_logprobs is not None
         job = Job(
-            requests=_generate_requests(body, card, tokenizer, prompts, response_id, caller),
+            requests=_generate_requests(
+                *(body, card, tokenizer, prompts, response_id, caller), call.span.traceparent
+            ),
             prompts=prompts,
             tokenizer=tokenizer,
             text_options=TextOptions(
@@ -133,6 +137,7 @@ class GenerationHandlers:
             include_usage=body.include_usage,
             received_at=call.received_at,
             take_output=caller.take_tokens,
+            span=call.span,
         )
         num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         caller.check_prompt(num_prompt_tokens)
@@ -151,6 +156,7 @@ def _generate_requests(
     prompts: Sequence[Prompt],
     response_id: str,
     caller: Caller,
+    traceparent: str,
 ) -> list[GenerateRequest]:
     """One per prompt. Raises: InvalidRequest."""
     seed = choose_seed(body.seed)
@@ -169,6 +175,7 @@ def _generate_requests(
             n=body.n or 1,
             salt=caller.salt(body.cache_salt or ""),
             priority=body.priority or 0,
+            traceparent=traceparent,
         )
         for i, prompt in enumerate(prompts)
     ]

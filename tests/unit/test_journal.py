@@ -114,8 +114,11 @@ def test_one_that_nobody_takes_over_has_failed() -> None:
     clock = Clock()
     journal = Journal(clock, clock)
     journal.sent(request(), route(request(), "a")).fail(WorkerLost("gone"))
+    assert shown(journal)[0]["state"] == "moving"
+    seen = journal.version
     clock.now += MOVING_S
-    assert shown(journal)[0]["state"] == "failed"
+    assert shown(journal, seen)[0]["state"] == "failed", "which nobody had to tell"
+    assert shown(journal, journal.version) == []
     journal.sent(request("other"), route(request("other"), "a")).fail(EngineFault("NaN"))
     assert shown(journal)[-1]["state"] == "failed"
 

@@ -127,7 +127,16 @@ class Entry:
     """One request."""
 
     __slots__ = (
-        *("attempts", "began_at", "changed", "first_at", "model_id", "num_prompt", "request_id"),
+        *(
+            "attempts",
+            "began_at",
+            "changed",
+            "first_at",
+            "is_moving",
+            "model_id",
+            "num_prompt",
+            "request_id",
+        ),
         *("started_at", "_journal", "_text"),
     )
 
@@ -142,6 +151,8 @@ class Entry:
         self.attempts: deque[Attempt] = deque(maxlen=MAX_ATTEMPTS)
         self.changed = 0
         self._text: bytes | None = None
+        self.is_moving = False
+        """As it was last described: that ends by itself."""
 
     def touch(self, version: int) -> None:
         self.changed = version
@@ -167,7 +178,8 @@ class Entry:
             return self._text
         described = self.describe(now)
         text = orjson.dumps(described)
-        if described["state"] not in (RUNNING, MOVING):
+        self.is_moving = described["state"] == MOVING
+        if not self.is_moving and described["state"] != RUNNING:
             self._text = text
         return text
 
@@ -228,6 +240,11 @@ class Journal:
 
     def entries(self, since: int = 0) -> list[Entry]:
         """Those that have changed after `since`, a `version`: the oldest first."""
+        now = self.clock()
+        for entry in self._entries.values():
+            if entry.is_moving and entry.state(now) != MOVING:
+                entry.is_moving = False
+                self.touch(entry)
         return [entry for entry in self._entries.values() if entry.changed > since]
 
     def take_ttfts(self) -> list[float]:

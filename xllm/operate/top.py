@@ -90,8 +90,12 @@ def _keys(fd: int) -> Iterator[Callable[[float], bytes]]:
         ready, _, _ = select.select([fd], [], [], timeout_s)
         return os.read(fd, 1) if ready else b""
 
+    def sleep(timeout_s: float) -> bytes:
+        time.sleep(timeout_s)
+        return b""
+
     if not os.isatty(fd):
-        yield lambda timeout_s: time.sleep(timeout_s) or b""
+        yield sleep
         return
     before = termios.tcgetattr(fd)
     tty.setcbreak(fd)

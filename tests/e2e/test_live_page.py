@@ -157,6 +157,7 @@ def test_a_killed_worker_is_seen_and_its_requests_go_on(rig: Rig) -> None:
     asking.start()
     running = page.locator(".request[data-state=running]")
     expect(running).to_have_count(1, timeout=TIMEOUT_MS)
+    expect(running.locator(".ttft")).to_contain_text("s", timeout=TIMEOUT_MS)
     busy = running.locator(".to").inner_text()
     [victim] = [worker for worker in rig.workers if worker.worker_id == busy]
     [other] = [worker for worker in rig.workers if worker.worker_id != busy]

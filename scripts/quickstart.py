@@ -123,7 +123,7 @@ def run(processes: list[Process], *, once: bool, with_store: bool) -> int:
     if once:
         return 0 if right else 1
     print(f"\nAsk something else:\n\n  {shlex.join(command)}\n", flush=True)
-    say(f"the API is at {URL}/v1, health and metrics at http://127.0.0.1:{OPERATOR_PORT}")
+    say(f"see the cluster at http://127.0.0.1:{OPERATOR_PORT}/; the API is at {URL}/v1")
     say(f"logs are in {logs}; Ctrl-C stops everything")
     while True:
         for process in processes:

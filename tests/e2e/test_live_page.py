@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from browser import TIMEOUT_MS, Viewer, chromium
 from playwright.sync_api import Browser, Locator, Page, expect
-from processes import Launcher, Master, Worker, ask, wait_until
+from processes import Launcher, Master, Worker, ask
 
 WORKER_FLAGS = (
     *("--dtype=float32", "--max_cache_size=128M", "--max_model_len=1024", "--num_threads=1"),
     *("--host_cache_size=64M", "--max_tokens_per_batch=256", "--max_seqs_per_batch=8"),
-    "--enable_cache_upload=true",
+    *("--enable_cache_upload=true", "--lease_ttl=3"),
 )
 SEEN_WITHIN_S = 5.0
 """What is promised of a killed worker."""
@@ -75,7 +75,7 @@ def test_the_cluster_is_seen(rig: Rig) -> None:
 def test_asked_again_the_first_token_comes_sooner(rig: Rig) -> None:
     viewer = rig.open()
     page = viewer.page
-    page.fill("#prompt", "What does <img src=x onerror=alert(1)> do? " * 45)
+    page.fill("#prompt", "What does <img src=x onerror=alert(1)> do? " * 20)
     page.fill("#max-tokens", "4")
     for times in (1, 2):
         ask_here(page, times)
@@ -84,8 +84,9 @@ def test_asked_again_the_first_token_comes_sooner(rig: Rig) -> None:
     )
     assert 0 < late < first
     asked = page.locator(".ask-line").first
-    expect(asked.locator(".source")).to_contain_text("tokens from device", timeout=TIMEOUT_MS)
-    expect(asked.locator(".blocks .device").first).to_be_visible()
+    # From the device that has it; or, if that one is still busy, from there to the other.
+    expect(asked.locator(".source")).to_contain_text("tokens from", timeout=TIMEOUT_MS)
+    expect(asked.locator(".blocks").locator(".device, .remote").first).to_be_visible()
     assert page.locator("#answer").inner_text() != ""
 
     row = page.locator(".request").first
@@ -99,7 +100,8 @@ def test_asked_again_the_first_token_comes_sooner(rig: Rig) -> None:
         text for text in row.locator("table").first.locator("td.id").all_inner_texts()
     }
     page.click("#lookup")
-    expect(page.locator(".found-line .stacked .device")).to_have_count(1, timeout=TIMEOUT_MS)
+    held = page.locator(".found-line .stacked .device")
+    expect(held.first).to_be_visible(timeout=TIMEOUT_MS)
     viewer.keep("live-page")
     assert viewer.problems == []
 
@@ -149,12 +151,13 @@ def test_a_killed_worker_is_seen_and_its_requests_go_on(rig: Rig) -> None:
     question = "Count from one to three hundred in words, one after the other."
     asking = threading.Thread(
         target=lambda: answers.append(
-            ask(rig.master.http_url, question, max_tokens=150, ignore_eos=True)
+            ask(rig.master.http_url, question, max_tokens=100, ignore_eos=True)
         )
     )
     asking.start()
     running = page.locator(".request[data-state=running]")
     expect(running).to_have_count(1, timeout=TIMEOUT_MS)
+    expect(running.locator(".ttft")).to_contain_text("s", timeout=TIMEOUT_MS)
     busy = running.locator(".to").inner_text()
     [victim] = [worker for worker in rig.workers if worker.worker_id == busy]
     [other] = [worker for worker in rig.workers if worker.worker_id != busy]
@@ -175,11 +178,12 @@ def test_a_killed_worker_is_seen_and_its_requests_go_on(rig: Rig) -> None:
     assert viewer.problems == []
 
 
-def test_with_a_key_the_page_asks_for_it(browser: Browser, launcher: Launcher) -> None:
+def test_with_a_key_the_page_asks_and_reconnects(browser: Browser, launcher: Launcher) -> None:
     key_file = launcher.folder / "key"
     key_file.write_text("correct-horse-battery\n")
     key_file.chmod(0o600)
-    master = launcher.master(launcher.etcd(), f"--operator_key_file={key_file}")
+    etcd, key_flag = launcher.etcd(), f"--operator_key_file={key_file}"
+    master = launcher.master(etcd, key_flag)
     viewer = Viewer(browser, master.operator_url)
     page = viewer.page
     for key in ("wrong-horse-battery", "correct-horse-battery"):
@@ -192,21 +196,16 @@ def test_with_a_key_the_page_asks_for_it(browser: Browser, launcher: Launcher) -
     expect(page.locator("#key-dialog")).to_be_hidden()
     expect(page.locator(".master.here")).to_have_count(1)
     page.reload()
-    expect(page.locator("#status")).to_have_text("live", timeout=TIMEOUT_MS)
-    page.click("#forget-key")
-    expect(page.locator("#key-dialog")).to_be_visible(timeout=TIMEOUT_MS)
-    assert all("401" in problem for problem in viewer.problems)
-
-
-def test_the_stream_reconnects(browser: Browser, launcher: Launcher) -> None:
-    etcd = launcher.etcd()
-    master = launcher.master(etcd)
-    viewer = Viewer(browser, master.operator_url)
-    status = viewer.page.locator("#status")
+    status = page.locator("#status")
     expect(status).to_have_text("live", timeout=TIMEOUT_MS)
+
     master.stop()
     expect(status).to_have_text("reconnecting", timeout=TIMEOUT_MS)
     port = master.operator_url.rpartition(":")[2]
-    again = launcher.master(etcd, f"--rpc_server_port={port}")
-    wait_until(lambda: again.running, "the master", 10)
+    launcher.master(etcd, key_flag, f"--rpc_server_port={port}")
     expect(status).to_have_text("live", timeout=TIMEOUT_MS)
+
+    page.click("#forget-key")
+    expect(page.locator("#key-dialog")).to_be_visible(timeout=TIMEOUT_MS)
+    expected = ("401", "ERR_CONNECTION", "ERR_INCOMPLETE_CHUNKED", "ERR_EMPTY_RESPONSE")
+    assert [p for p in viewer.problems if not any(part in p for part in expected)] == []

@@ -23,6 +23,7 @@ from xllm.roles.guards import Guards
 from xllm.roles.http_server import serve
 from xllm.roles.openai_api import build_app, make_runner
 from xllm.roles.operator import OperatorPort
+from xllm.roles.page_files import page_routes
 from xllm.security.operator_key import OperatorKey
 from xllm.telemetry import Metrics
 
@@ -194,7 +195,7 @@ async def operator_port(key: OperatorKey | None) -> AsyncIterator[str]:
         return 1.0
 
     port = unused_port()
-    operator = OperatorPort(Metrics(), lambda: True, drain=drain, key=key)
+    operator = OperatorPort(Metrics(), lambda: True, page_routes(), drain=drain, key=key)
     with listen("127.0.0.1", port, flag="port") as listening:
         async with serve(operator.runner(), listening):
             yield f"http://127.0.0.1:{port}"
@@ -220,13 +221,17 @@ async def test_the_operator_port_wants_its_key(tmp_path: Path) -> None:
     "headers",
     [
         {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "http://127.0.0.1"},
         {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
         {"Host": "evil.example"},
         {"Host": "127.0.0.1.evil.example:80"},
         {"Host": ""},
     ],
 )
-async def test_without_a_key_no_web_page_reaches_the_operator_port(
+async def test_without_a_key_no_other_sites_page_reaches_the_operator_port(
     headers: dict[str, str],
 ) -> None:
     async with operator_port(None) as url, aiohttp.ClientSession() as http:
@@ -236,3 +241,25 @@ async def test_without_a_key_no_web_page_reaches_the_operator_port(
             assert response.status == 202
         async with http.get(f"{url}/metrics", headers={"Host": "localhost:8889"}) as response:
             assert response.status == 200
+        own = {"Origin": url, "Sec-Fetch-Site": "same-origin"}
+        async with http.post(f"{url}/admin/drain", headers=own) as response:
+            assert response.status == 202, "the live page"
+
+
+async def test_the_files_of_the_live_page_are_for_everybody_and_say_what_they_may_do(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "key"
+    path.write_text("an-operators-key")
+    async with operator_port(OperatorKey(str(path))) as url, aiohttp.ClientSession() as http:
+        for name, kind in (("", "text/html"), ("page/app.js", "text/javascript")):
+            async with http.get(f"{url}/{name}") as response:
+                assert response.status == 200
+                assert response.content_type == kind
+                policy = response.headers["Content-Security-Policy"]
+                assert "default-src 'none'; script-src 'self'" in policy
+                assert "frame-ancestors 'none'" in policy
+                assert response.headers["X-Content-Type-Options"] == "nosniff"
+        for name in ("page/other.js", "page/..%2f__init__.py"):
+            async with http.get(f"{url}/{name}") as response:
+                assert response.status == 404

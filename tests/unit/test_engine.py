@@ -299,7 +299,7 @@ async def test_the_observer_hears_of_every_step_and_beginning(runner: FakeRunner
     engine = Engine(runner)  # type: ignore[arg-type]
     engine.observer = observer = Observer()
     await engine.start()
-    await Client(engine, [1, 2, 3], max_tokens=3).deltas()
+    *earlier, last = await Client(engine, [1, 2, 3], max_tokens=3).deltas()
     await engine.stop()
     assert observer.rows == [3, 1, 1]
     assert len(observer.waits) == 1
@@ -312,3 +312,10 @@ async def test_the_observer_hears_of_every_step_and_beginning(runner: FakeRunner
     assert timeline.begun_at < timeline.first_token_at < timeline.ended_at
     assert (timeline.num_prompt_tokens, timeline.num_output_tokens) == (3, 3)
     assert timeline.prefill_s + timeline.decode_s == pytest.approx(timeline.inference_s)
+    assert [delta.phases for delta in earlier] == [None, None]
+    phases = last.phases
+    assert phases is not None
+    assert phases.load == 0
+    assert phases.queue == pytest.approx(observer.waits[0], abs=1e-6)
+    assert phases.prefill == pytest.approx(timeline.prefill_s, abs=1e-6)
+    assert 0 < phases.decode <= timeline.decode_s + 1e-6

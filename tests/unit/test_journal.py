@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import orjson
+
 from xllm.cache.block_hash import CacheRoot
 from xllm.cache.index import CacheIndex
 from xllm.errors import EngineFault, WorkerLost
@@ -15,7 +19,7 @@ from xllm.protocol import (
 )
 from xllm.roles.car_policy import CostAware, CostRoute
 from xllm.roles.global_scheduler import Candidate
-from xllm.roles.journal import MOVING_S, Journal
+from xllm.roles.journal import MAX_CANDIDATES, MOVING_S, Journal
 
 ROOT = CacheRoot("weights", "float32", 32)
 
@@ -36,6 +40,10 @@ def request(request_id: str = "r", attempt: int = 0, n: int = 1) -> GenerateRequ
         attempt=attempt,
         n=n,
     )
+
+
+def shown(journal: Journal, since: int = 0) -> list[dict[str, Any]]:
+    return [orjson.loads(entry.as_json(journal.clock())) for entry in journal.entries(since)]
 
 
 def route(sent: GenerateRequest, *workers: str) -> CostRoute:
@@ -62,22 +70,22 @@ def test_a_request_from_routing_to_its_last_token() -> None:
     sent = request()
     chosen = route(sent, "a", "b")
     attempt = journal.sent(sent, chosen)
-    [entry] = journal.describe()
+    [entry] = shown(journal)
     assert (entry["state"], entry["ttft_s"]) == ("running", None)
     clock.now += 0.5
     attempt.begin(delta(0, 1))
     clock.now += 1.0
     attempt.finish(delta(1, 2, 3, end=True))
-    [entry] = journal.describe()
+    [entry] = shown(journal)
     assert entry["state"] == "done"
     assert (entry["started_at"], entry["prompt_tokens"]) == (5000.0, 70)
     assert (entry["ttft_s"], entry["seconds"]) == (0.5, 1.5)
-    [shown] = entry["attempts"]
-    assert shown["worker_id"] == chosen.worker_id
-    assert shown["output_tokens"] == 3
-    assert shown["cached_tokens_by_tier"] == {"host": 64}
-    assert shown["phases"] == {"queue": 0.1, "load": 0.2, "prefill": 0.3, "decode": 0.4}
-    assert shown["estimated_s"] == round(chosen.estimate.parts.ttft_s, 6)
+    [tried] = entry["attempts"]
+    assert tried["worker_id"] == chosen.worker_id
+    assert tried["output_tokens"] == 3
+    assert tried["cached_tokens_by_tier"] == {"host": 64}
+    assert tried["phases"] == {"queue": 0.1, "load": 0.2, "prefill": 0.3, "decode": 0.4}
+    assert tried["estimated_s"] == round(chosen.estimate.parts.ttft_s, 6)
     assert entry["candidates"][0]["worker_id"] == chosen.worker_id
     assert {one["worker_id"] for one in entry["candidates"]} == {"a", "b"}
     assert journal.take_ttfts() == [0.5]
@@ -90,10 +98,10 @@ def test_a_lost_request_is_seen_to_go_on_elsewhere() -> None:
     first = journal.sent(request(), route(request(), "a"))
     first.begin(delta(0, 1))
     first.fail(WorkerLost("the connection was closed"))
-    assert journal.describe()[0]["state"] == "moving"
+    assert shown(journal)[0]["state"] == "moving"
     again = request(attempt=1)
     journal.sent(again, route(again, "b"))
-    [entry] = journal.describe()
+    [entry] = shown(journal)
     assert entry["state"] == "running"
     assert [(a["worker_id"], a["state"]) for a in entry["attempts"]] == [
         ("a", "lost"),
@@ -106,10 +114,13 @@ def test_one_that_nobody_takes_over_has_failed() -> None:
     clock = Clock()
     journal = Journal(clock, clock)
     journal.sent(request(), route(request(), "a")).fail(WorkerLost("gone"))
+    assert shown(journal)[0]["state"] == "moving"
+    seen = journal.version
     clock.now += MOVING_S
-    assert journal.describe()[0]["state"] == "failed"
+    assert shown(journal, seen)[0]["state"] == "failed", "which nobody had to tell"
+    assert shown(journal, journal.version) == []
     journal.sent(request("other"), route(request("other"), "a")).fail(EngineFault("NaN"))
-    assert journal.describe()[-1]["state"] == "failed"
+    assert shown(journal)[-1]["state"] == "failed"
 
 
 def test_an_end_is_not_undone_by_a_late_cancel() -> None:
@@ -117,22 +128,33 @@ def test_an_end_is_not_undone_by_a_late_cancel() -> None:
     attempt = journal.sent(request(n=2), route(request(n=2), "a"))
     attempt.begin(delta(0, 1))
     attempt.finish(delta(0, 1, end=True))
-    assert journal.describe()[0]["state"] == "running"
+    assert shown(journal)[0]["state"] == "running"
     attempt.finish(delta(0, 1, index=1, end=True))
     attempt.cancel()
-    assert journal.describe()[0]["state"] == "done"
+    assert shown(journal)[0]["state"] == "done"
     other = journal.sent(request("other"), route(request("other"), "a"))
     other.cancel()
-    assert journal.describe()[-1]["state"] == "cancelled"
+    assert shown(journal)[-1]["state"] == "cancelled"
+
+
+def test_the_estimates_of_others_are_the_best_ones() -> None:
+    journal = Journal(Clock(), Clock())
+    names = [f"w{i}" for i in range(20)]
+    chosen = route(request(), *names)
+    journal.sent(request(), chosen)
+    candidates = shown(journal)[0]["candidates"]
+    assert len(candidates) == MAX_CANDIDATES
+    assert candidates[0]["worker_id"] == chosen.worker_id
+    assert len({one["worker_id"] for one in candidates}) == MAX_CANDIDATES
 
 
 def test_only_what_has_changed_is_told_again_and_old_ones_go() -> None:
     journal = Journal(Clock(), Clock(), max_entries=2)
     attempts = [journal.sent(request(name), route(request(name), "a")) for name in "abc"]
-    assert [entry["request_id"] for entry in journal.describe()] == ["b", "c"]
+    assert [entry["request_id"] for entry in shown(journal)] == ["b", "c"]
     seen = journal.version
-    assert journal.describe(seen) == []
+    assert shown(journal, seen) == []
     attempts[1].cancel()
-    assert [entry["request_id"] for entry in journal.describe(seen)] == ["b"]
+    assert [entry["request_id"] for entry in shown(journal, seen)] == ["b"]
     attempts[0].cancel()  # forgotten, which its end must not mind
-    assert [entry["request_id"] for entry in journal.describe()] == ["b", "c"]
+    assert [entry["request_id"] for entry in shown(journal)] == ["b", "c"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from test_tier_report import NOW as TIERS
 
+from xllm.cache.lender import LendCounters
 from xllm.cache.store_transfers import StoreCounters
 from xllm.cache.tier import TierName
 from xllm.engine.statistics import EngineStatistics
@@ -67,6 +68,20 @@ def test_a_tier_that_never_held_anything_has_no_cost() -> None:
         stores=StoreCounters(),
     )
     assert load_of(tiers=tiers).tier_block_s == {}
+
+
+def test_how_many_blocks_moved_which_way() -> None:
+    loaded = {HOST: 3, DISK: 0, TierName.REMOTE: 5}
+    lent = LendCounters({TierName.DEVICE: 2, HOST: 4, DISK: 0})
+    tiers = replace(TIERS, blocks_loaded=loaded, blocks_stored={HOST: 7, DISK: 8}, lent=lent)
+    assert load_of(tiers=tiers).moved_blocks == {
+        "from_host": 3,
+        "from_peer": 5,
+        "to_host": 7,
+        "to_disk": 8,
+        "to_peer": 6,
+    }
+    assert load_of().moved_blocks == {}
 
 
 @pytest.mark.parametrize(

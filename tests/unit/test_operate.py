@@ -76,6 +76,15 @@ def test_the_cluster_in_one_look() -> None:
     assert "serving" not in shown(cluster_view(cluster() | {"serving": {}}))
 
 
+def test_a_narrow_terminal_shows_less_but_no_broken_names() -> None:
+    console = Console(file=io.StringIO(), record=True, width=80)
+    console.print(cluster_view(cluster(worker("192.168.100.100:8010")), width=80))
+    text = console.export_text()
+    for part in ("192.168.100.100:8010", "ready", "250 ms", "30/60", "5/100"):
+        assert part in text
+    assert "tok/s" not in text
+
+
 def test_a_worker_without_a_report_is_shown() -> None:
     silent = worker() | {"load": None, "tiers": {}, "state": "connecting"}
     assert "connecting" in shown(cluster_view(cluster(silent)))
@@ -115,11 +124,11 @@ def test_a_screen_keeps_what_it_knew_when_nobody_answers() -> None:
     screen = Screen()
     screen.take(cluster(worker()), 1.0)
     screen.fail("http://x does not answer")
-    text = shown(screen.render())
+    text = shown(screen.render(160))
     assert "does not answer" in text
     assert "10.0.0.1:8010" in text
     screen.take(cluster(worker()), 2.0)
-    assert "does not answer" not in shown(screen.render())
+    assert "does not answer" not in shown(screen.render(160))
 
 
 @pytest.mark.parametrize(

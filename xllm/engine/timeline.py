@@ -62,18 +62,11 @@ class Timeline:
         """Of a request that has a first token, if its last one came at `now`."""
         begun_at = self.submitted_at if self.begun_at is None else self.begun_at
         first_at = now if self.first_token_at is None else self.first_token_at
-        waited = begun_at - self.submitted_at
-        return PhaseSeconds(
-            *(
-                round(max(0.0, seconds), 6)
-                for seconds in (
-                    waited - self.load_s,
-                    self.load_s,
-                    first_at - begun_at,
-                    now - first_at,
-                )
-            )
-        )
+        waited_s = begun_at - self.submitted_at
+        # What was given up at the deadline went on beside the computing.
+        load_s = min(self.load_s, waited_s)
+        phases = (waited_s - load_s, load_s, first_at - begun_at, now - first_at)
+        return PhaseSeconds(*(round(max(0.0, seconds), 6) for seconds in phases))
 
 
 def _between(start: float | None, end: float | None) -> float | None:

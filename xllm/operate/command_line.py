@@ -29,6 +29,8 @@ AFTER_DEADLINE_S = 10.0
 _MOVE_DEADLINE_S = 30.0
 _DEADLINE_S = 5.0
 
+_PIPE_WIDTH = 200
+
 _OK, _NOT_DONE, _CANNOT_BE = 0, 1, 2
 
 
@@ -38,7 +40,9 @@ def run_command(argv: Sequence[str], console: Console | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as ended:
         return int(ended.code or 0)
-    console = console or Console(highlight=False)
+    # Whoever reads a pipe has no use for lines that were broken up.
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    console = console or Console(highlight=False, width=width)
     try:
         client = OperatorClient(
             arguments.operator, arguments.operator_key_file, arguments.operator_ca
@@ -66,7 +70,7 @@ def _cluster(arguments: argparse.Namespace, client: OperatorClient, console: Con
     if arguments.json:
         _print_json(cluster)
     else:
-        console.print(cluster_view(cluster))
+        console.print(cluster_view(cluster, width=console.width))
     return _OK
 
 

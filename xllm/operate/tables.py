@@ -17,6 +17,17 @@ TIERS = ("device", "host", "disk")
 TIER_STYLES = {"device": "green", "host": "magenta", "disk": "yellow", "remote": "bright_magenta"}
 STATE_STYLES = {"ready": "green", "done": "green", "draining": "yellow", "suspect": "yellow"}
 BAR_CELLS = 10
+WIDE = 140
+"""Columns from which on a worker's line has all that there is."""
+
+
+_COLUMNS = (
+    *("worker", "state", "model", "run", "wait", "queue", "prefill"),
+    *(*TIERS, "moves/s"),
+)
+_WIDE_ONLY = frozenset({"model", "prefill", "moves/s"})
+_WHOLE = frozenset({"worker", "master", "state", *TIERS})
+"""Columns that are not broken up, as long as there is room."""
 
 
 def plain(text: object, style: str = "") -> Text:
@@ -26,13 +37,15 @@ def plain(text: object, style: str = "") -> Text:
 
 
 def cluster_view(
-    cluster: Mapping[str, Any], moved_per_s: Mapping[str, Mapping[str, float]] | None = None
+    cluster: Mapping[str, Any],
+    moved_per_s: Mapping[str, Mapping[str, float]] | None = None,
+    width: int = WIDE,
 ) -> RenderableType:
-    """The answer of /admin/cluster. `moved_per_s`: blocks by worker and way."""
+    """The answer of /admin/cluster, in so many columns. `moved_per_s`: blocks by worker and way."""
     parts: list[RenderableType] = [_headline(cluster)]
     if serving := _serving_line(cluster.get("serving") or {}):
         parts.append(serving)
-    parts += [_masters(cluster), _workers(cluster, moved_per_s or {})]
+    parts += [_masters(cluster), _workers(cluster, moved_per_s or {}, width < WIDE)]
     return Group(*parts)
 
 
@@ -65,18 +78,19 @@ def seconds(value: float | None) -> str:
     return f"{value:.1f} s"
 
 
-def bar(used: float, total: float, style: str) -> Text:
-    """`used` of `total`, filled and in figures."""
-    full = round(BAR_CELLS * used / total) if total else 0
+def bar(used: float, total: float, style: str, num_cells: int = BAR_CELLS) -> Text:
+    """`used` of `total`, as that many cells and in figures."""
+    full = round(num_cells * used / total) if total else 0
     text = Text("█" * full, style=style)
-    text.append("░" * (BAR_CELLS - full), style="dim")
-    return text.append(f" {used:g}/{total:g}", style="default")
+    text.append("░" * (num_cells - full), style="dim")
+    text.append(" " if num_cells else "")
+    return text.append(f"{used:g}/{total:g}", style="default" if num_cells else style)
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=SIMPLE, pad_edge=False, header_style="dim")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
     return table
 
 
@@ -117,32 +131,36 @@ def _masters(cluster: Mapping[str, Any]) -> Table:
 
 
 def _workers(
-    cluster: Mapping[str, Any], moved_per_s: Mapping[str, Mapping[str, float]]
+    cluster: Mapping[str, Any], moved_per_s: Mapping[str, Mapping[str, float]], is_narrow: bool
 ) -> RenderableType:
     if not cluster["workers"]:
         return Text("no worker is registered", "dim")
-    table = _table("worker", "state", "model", "run", "wait", "queue", "prefill", *TIERS, "moves/s")
+    names = [name for name in _COLUMNS if not (is_narrow and name in _WIDE_ONLY)]
+    table = _table(*names)
+    num_cells = 0 if is_narrow else BAR_CELLS
     for worker in cluster["workers"]:
         load = worker["load"] or {}
         tiers = worker["tiers"]
-        table.add_row(
-            plain(worker["worker_id"]),
-            plain(worker["state"], STATE_STYLES.get(worker["state"], "red")),
-            plain(worker["model"]),
-            str(load.get("running_requests", "-")),
-            str(load.get("waiting_requests", "-")),
-            seconds(load.get("queue_s")),
-            f"{load.get('prefill_tokens_per_s', 0):.0f} tok/s",
-            *(_tier(tiers.get(tier, {}), TIER_STYLES[tier]) for tier in TIERS),
-            _moves(moved_per_s.get(worker["worker_id"], {})),
-        )
+        cells: dict[str, Text | str] = {
+            "worker": plain(worker["worker_id"]),
+            "state": plain(worker["state"], STATE_STYLES.get(worker["state"], "red")),
+            "model": plain(worker["model"]),
+            "run": str(load.get("running_requests", "-")),
+            "wait": str(load.get("waiting_requests", "-")),
+            "queue": seconds(load.get("queue_s")),
+            "prefill": f"{load.get('prefill_tokens_per_s', 0):.0f} tok/s",
+            "moves/s": _moves(moved_per_s.get(worker["worker_id"], {})),
+        }
+        for tier in TIERS:
+            cells[tier] = _tier(tiers.get(tier, {}), TIER_STYLES[tier], num_cells)
+        table.add_row(*(cells[name] for name in names))
     return table
 
 
-def _tier(usage: Mapping[str, Any], style: str) -> Text:
+def _tier(usage: Mapping[str, Any], style: str, num_cells: int) -> Text:
     if "total_blocks" not in usage:
         return Text("-", "dim")
-    return bar(usage["used_blocks"], usage["total_blocks"], style)
+    return bar(usage["used_blocks"], usage["total_blocks"], style, num_cells)
 
 
 def _moves(per_s: Mapping[str, float]) -> Text:

@@ -41,12 +41,12 @@ class Screen:
         """The port does not answer: what it said last stays."""
         self._problem = problem
 
-    def render(self) -> RenderableType:
+    def render(self, width: int) -> RenderableType:
         parts: list[RenderableType] = []
         if self._problem:
             parts.append(plain(self._problem, "bold red"))
         if self._cluster is not None:
-            parts.append(cluster_view(self._cluster, self._moved))
+            parts.append(cluster_view(self._cluster, self._moved, width))
         parts.append(Text("q ends", "dim"))
         return Group(*parts)
 
@@ -68,9 +68,10 @@ def run_top(client: OperatorClient, console: Console, period_s: float) -> None:
     """Raises: ConfigError, NoAnswer if the port does not answer at first."""
     screen = Screen()
     screen.take(client.get("/admin/cluster"), time.monotonic())
+    first = screen.render(console.width)
     with (
         _keys(sys.stdin.fileno()) as wait_for_key,
-        Live(screen.render(), console=console, screen=True, auto_refresh=False) as live,
+        Live(first, console=console, screen=True, auto_refresh=False) as live,
         contextlib.suppress(KeyboardInterrupt),
     ):
         live.refresh()
@@ -79,12 +80,7 @@ def run_top(client: OperatorClient, console: Console, period_s: float) -> None:
                 screen.take(client.get("/admin/cluster"), time.monotonic())
             except NoAnswer as error:
                 screen.fail(str(error))
-            live.update(screen.render(), refresh=True)
-
-
-def _no_keys(timeout_s: float) -> bytes:
-    time.sleep(timeout_s)
-    return b""
+            live.update(screen.render(console.width), refresh=True)
 
 
 @contextlib.contextmanager
@@ -95,8 +91,12 @@ def _keys(fd: int) -> Iterator[Callable[[float], bytes]]:
         ready, _, _ = select.select([fd], [], [], timeout_s)
         return os.read(fd, 1) if ready else b""
 
+    def sleep(timeout_s: float) -> bytes:
+        time.sleep(timeout_s)
+        return b""
+
     if not os.isatty(fd):
-        yield _no_keys
+        yield sleep
         return
     before = termios.tcgetattr(fd)
     tty.setcbreak(fd)

@@ -78,12 +78,12 @@ class Estimate:
     fetch: Fetch | None = None
     weighed: _Weighed | None = field(default=None, repr=False, compare=False)
 
-    def alternatives(self) -> list[Estimate]:
-        """This one, and those that it was compared with, the best first: made when asked for."""
+    def alternatives(self, max_num: int) -> list[Estimate]:
+        """This one and the best of those that it was compared with: made when asked for."""
         if self.weighed is None:
             return [self]
-        rest = [other for other in self.weighed.all() if other.worker_id != self.worker_id]
-        return [self, *rest]
+        best = self.weighed.all(max_num)
+        return [self, *(e for e in best if e.worker_id != self.worker_id)][:max_num]
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,12 +331,12 @@ class _Weighed:
     def best(self) -> Estimate:
         return self._estimate(self._best())
 
-    def all(self) -> list[Estimate]:
+    def all(self, max_num: int | None = None) -> list[Estimate]:
         """The best one first."""
         best = self._best()
         rest = [i for i in range(len(self._parts)) if i != best]
         rest.sort(key=self._costs.__getitem__)
-        return [self._estimate(i) for i in (best, *rest)]
+        return [self._estimate(i) for i in (best, *rest)[:max_num]]
 
     def _best(self) -> int:
         limit = min(self._costs) + TIE_S

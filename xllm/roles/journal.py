@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import orjson
+
 from xllm.errors import NoWorker, Overloaded, RequestError, WorkerLost
 from xllm.protocol import GenerateRequest, PhaseSeconds, TokenDelta, WorkerId
 from xllm.roles.car_policy import CostRoute, describe
 
 MAX_ENTRIES = 100
-MAX_CANDIDATES = 12
+MAX_CANDIDATES = 8
 """Estimates that are shown of one attempt, the best ones."""
 
 MAX_ATTEMPTS = 16
@@ -125,8 +127,17 @@ class Entry:
     """One request."""
 
     __slots__ = (
-        *("attempts", "began_at", "changed", "first_at", "model_id", "num_prompt", "request_id"),
-        *("started_at", "_journal"),
+        *(
+            "attempts",
+            "began_at",
+            "changed",
+            "first_at",
+            "is_moving",
+            "model_id",
+            "num_prompt",
+            "request_id",
+        ),
+        *("started_at", "_journal", "_text"),
     )
 
     def __init__(self, journal: Journal, request: GenerateRequest) -> None:
@@ -139,6 +150,13 @@ class Entry:
         self.first_at: float | None = None
         self.attempts: deque[Attempt] = deque(maxlen=MAX_ATTEMPTS)
         self.changed = 0
+        self._text: bytes | None = None
+        self.is_moving = False
+        """As it was last described: that ends by itself."""
+
+    def touch(self, version: int) -> None:
+        self.changed = version
+        self._text = None
 
     def begin(self, now: float) -> None:
         if self.first_at is None:
@@ -154,13 +172,24 @@ class Entry:
             return MOVING if now - last.ended_at < MOVING_S else FAILED
         return last.state
 
+    def as_json(self, now: float) -> bytes:
+        """`describe`, made once for all who look if it cannot change any more."""
+        if self._text is not None:
+            return self._text
+        described = self.describe(now)
+        text = orjson.dumps(described)
+        self.is_moving = described["state"] == MOVING
+        if not self.is_moving and described["state"] != RUNNING:
+            self._text = text
+        return text
+
     def describe(self, now: float) -> dict[str, Any]:
         """As JSON: seconds, and unix seconds for `started_at`."""
         last = self.attempts[-1]
         ended_at = now if last.ended_at is None else last.ended_at
         candidates = []
         if last.route is not None:
-            estimates = last.route.estimate.alternatives()[:MAX_CANDIDATES]
+            estimates = last.route.estimate.alternatives(MAX_CANDIDATES)
             candidates = [describe(estimate) for estimate in estimates]
         return {
             "request_id": self.request_id,
@@ -207,12 +236,16 @@ class Journal:
 
     def touch(self, entry: Entry) -> None:
         self.version += 1
-        entry.changed = self.version
+        entry.touch(self.version)
 
-    def describe(self, since: int = 0) -> list[dict[str, Any]]:
-        """Entries that have changed after `since`, a `version`: the oldest first."""
+    def entries(self, since: int = 0) -> list[Entry]:
+        """Those that have changed after `since`, a `version`: the oldest first."""
         now = self.clock()
-        return [e.describe(now) for e in self._entries.values() if e.changed > since]
+        for entry in self._entries.values():
+            if entry.is_moving and entry.state(now) != MOVING:
+                entry.is_moving = False
+                self.touch(entry)
+        return [entry for entry in self._entries.values() if entry.changed > since]
 
     def take_ttfts(self) -> list[float]:
         """Of the requests since the last call."""

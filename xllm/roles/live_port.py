@@ -27,6 +27,7 @@ from xllm.roles.cluster_admin import ClusterAdmin
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.figures import PERIOD_S as FIGURE_PERIOD_S
 from xllm.roles.figures import Figures
+from xllm.roles.journal import Entry
 
 PERIOD_S = 0.5
 MASTERS_PERIOD_S = 2.0
@@ -106,9 +107,10 @@ class LivePort:
             if seen_cluster != self._cluster_version:
                 news["cluster"] = orjson.Fragment(self._cluster)
                 seen_cluster = self._cluster_version
-            if seen_requests != journal.version:
-                news["requests"] = journal.describe(max(seen_requests, 0))
+            entries = journal.entries(max(seen_requests, 0))
+            if entries or seen_requests < 0:
                 seen_requests = journal.version
+                news["requests"] = await self._describe_requests(entries)
             if seen_points != figures.num_points:
                 news["points"] = figures.describe(max(seen_points, 0))
                 seen_points = figures.num_points
@@ -121,6 +123,14 @@ class LivePort:
                 await stream.send(_QUIET)
                 quiet_since = now
             await asyncio.sleep(PERIOD_S)
+
+    async def _describe_requests(self, entries: Sequence[Entry]) -> list[orjson.Fragment]:
+        described = []
+        for entry in entries:
+            described.append(orjson.Fragment(entry.as_json(time.monotonic())))
+            # Many at once, with many candidates, take longer than the event loop may be kept.
+            await asyncio.sleep(0)
+        return described
 
     def _describe_cluster(self) -> None:
         now = time.monotonic()

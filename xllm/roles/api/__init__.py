@@ -16,6 +16,6 @@ One request goes through these modules in this order:
     complete.py     the two ways to answer: one object, or server-sent events (sse.py)
 
 `errors.py` is how anything that goes wrong looks to a client. `info.py` has the small endpoints,
-`openapi.py` the document about all of them, `responses.py` and `translated_answers.py` the models it
-describes answers with. `cors.py` is for pages of other origins.
+`openapi.py` the document about all of them, `responses.py` and `translated_answers.py` the models
+that it describes answers with. `cors.py` is for pages of other origins.
 """

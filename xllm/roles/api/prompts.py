@@ -21,6 +21,7 @@ from xllm.roles.api.tool_prompt import spell_out_tools
 from xllm.tokenizer import Tokenizer
 
 _LONG_TEXT_CHARS = 1000
+_LONG_PROMPT_TOKENS = 10_000
 
 T = TypeVar("T")
 
@@ -99,6 +100,8 @@ class PromptEncoder:
                 raise InvalidRequest(f"{param} is empty", param=param)
             # What the tokenizer makes is in its own vocabulary, usually the model's.
             if prompt.text is None or tokenizer.vocab_size > card.vocab_size:
+                if len(prompt.token_ids) > _LONG_PROMPT_TOKENS:
+                    await asyncio.sleep(0)  # validating it has taken its time
                 check_vocabulary(prompt.token_ids, card, param=param)
         return prompts
 
@@ -109,6 +112,14 @@ class PromptEncoder:
             return [Prompt(tokenizer.encode(text, add_special_tokens), text) for text in texts]
 
         return await self.run(encode, sum(map(len, texts)))
+
+    async def decode(self, token_ids: list[int], tokenizer: Tokenizer) -> str:
+        """Special tokens spelled out."""
+
+        def decode() -> str:
+            return tokenizer.decode(token_ids, skip_special_tokens=False)
+
+        return await self.run(decode, len(token_ids))
 
     async def run(self, work: Callable[[], T], num_chars: int) -> T:
         """Does something that takes about as long as encoding so many characters."""

@@ -93,6 +93,21 @@ async def test_a_stranger_gets_openais_401_and_nothing_else(tmp_path: Path) -> N
         assert api.backend.generations == []
 
 
+async def test_anthropics_header_brings_a_key_too(tmp_path: Path) -> None:
+    body = {"model": MODEL, "messages": HI, "max_tokens": 5}
+    async with served(tmp_path, f"alice:{ALICE}") as api, aiohttp.ClientSession() as http:
+        url = f"{api.url}/v1/messages"
+        for key, status in ((ALICE, 200), (BOB, 401)):
+            async with http.post(url, json=body, headers={"x-api-key": key}) as response:
+                assert response.status == status
+                answer = await response.json()
+        assert answer["error"]["type"] == "authentication_error"
+        both = {"x-api-key": ALICE, "Authorization": f"Bearer {BOB}"}
+        async with http.post(url, json=body, headers=both) as response:
+            assert response.status == 401
+        assert len(api.backend.generations) == 1
+
+
 async def test_two_keys_never_have_the_same_salt(tmp_path: Path) -> None:
     async with served(tmp_path, f"alice:{ALICE}\nbob:{BOB}") as api:
         alice, bob = await api.salt_of(ALICE), await api.salt_of(BOB)

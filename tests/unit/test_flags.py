@@ -7,6 +7,7 @@ import pytest
 
 from xllm import __version__
 from xllm.config import (
+    TOOL_CALL_PARSERS,
     ApiConfig,
     EngineConfig,
     EtcdConfig,
@@ -23,6 +24,7 @@ from xllm.config import (
 from xllm.errors import ConfigError
 from xllm.flag_table import ROLES, role_flags
 from xllm.flags import Answer, parse_command_line
+from xllm.roles.api.reading.notations import NOTATIONS
 
 BOTH = (EtcdConfig, HostConfig, LogConfig, TraceConfig, ApiConfig, SecurityConfig)
 
@@ -299,6 +301,18 @@ def test_the_folder_of_the_disk_tier_may_be_in_the_home_directory() -> None:
 )
 def test_values_of_a_slipped_finger_are_refused(argv: str, said: str) -> None:
     assert said in _refusal("--role=master", argv)
+
+
+def test_how_answers_are_read() -> None:
+    assert tuple(NOTATIONS) == TOOL_CALL_PARSERS
+    flags = ("--tool_call_parser=llama3_json", "--reasoning_parser=deepseek-r1")
+    api = _master(*flags, "--cors_allow_origins=https://a.example,http://b:3000").api
+    assert (api.tool_call_parser, api.reasoning_parser) == ("llama3_json", "deepseek-r1")
+    assert api.cors_allow_origins == "https://a.example,http://b:3000"
+    assert _master("--cors_allow_origins=*").api.cors_allow_origins == "*"
+    for value in ("a.example", "https://a.example/x", "https://a,,", ""):
+        assert "--cors_allow_origins" in _refusal("--role=master", f"--cors_allow_origins={value}")
+    assert "hermes" in _refusal("--role=master", "--tool_call_parser=xml")
 
 
 def test_a_folder_of_nobody_is_refused() -> None:

@@ -36,14 +36,14 @@ def state_of(
 
 
 def allowed(state: GrammarState) -> set[str]:
-    return {TOKENIZER.token_name(int(i)) for i in np.flatnonzero(~state.forbidden)}
+    return {TOKENIZER.token_name(int(i)) for i in np.flatnonzero(state.bias == 0)}
 
 
 def test_what_may_come_follows_from_what_came(compiler: GrammarCompiler) -> None:
     grammar = grammars.regex_grammar("ab?[0-1]", param="x")
     state = state_of(compiler, grammar)
     assert allowed(state) == {"a"}
-    assert state.forbidden.shape == (VOCAB,)
+    assert state.bias.shape == (VOCAB,)
     state.append(TOKENIZER.encode("a")[0])
     state.advance()
     assert allowed(state) == {"b", "0", "1"}
@@ -76,9 +76,9 @@ def test_what_is_suppressed_is_allowed_where_nothing_else_is(compiler: GrammarCo
 def test_an_output_that_does_not_match_is_an_error_that_stays(compiler: GrammarCompiler) -> None:
     state = state_of(compiler, grammars.regex_grammar("a", param="x"), "b")
     assert state.error
-    assert state.forbidden.all()
+    assert np.isneginf(state.bias).all()
     state.advance()
-    assert state.forbidden.all()
+    assert np.isneginf(state.bias).all()
 
 
 def test_a_bad_grammar_is_refused_by_the_worker_too(compiler: GrammarCompiler) -> None:
@@ -103,7 +103,7 @@ def test_an_answer_or_calls(compiler: GrammarCompiler) -> None:
     calls = grammars.lark_grammar('start: "call" "!"', param="x")
     grammar = grammars.checked(grammars.either(answer, calls), param="x")
     for output in ("1", "call!"):
-        assert EOS in np.flatnonzero(~state_of(compiler, grammar, output).forbidden)
+        assert EOS in np.flatnonzero(state_of(compiler, grammar, output).bias == 0)
 
 
 def test_white_space_in_json_is_bounded(compiler: GrammarCompiler) -> None:

@@ -10,6 +10,8 @@ from xllm.errors import InvalidRequest
 from xllm.protocol import MAX_N, GenerateRequest, SamplingParams
 
 _MAX_INT32 = 2**31 - 1
+_MAX_GRAMMAR_CHARS = 4 << 20
+"""Masters refuse clients' schemas that are a quarter of that."""
 _MAX_FLOAT = 1e6
 """Far beyond what is of use, and far from what float32 cannot hold."""
 
@@ -44,6 +46,10 @@ def check_request(request: GenerateRequest, max_model_len: int, vocab_size: int)
             f"{len(request.prompt_ids)} prompt tokens and up to {sampling.max_tokens} "
             f"output tokens are more than the {max_model_len} that this worker can hold",
             param="max_tokens",
+        )
+    if len(sampling.grammar) > _MAX_GRAMMAR_CHARS:
+        raise InvalidRequest(
+            f"the grammar has over {_MAX_GRAMMAR_CHARS} characters", param="grammar"
         )
     _check_token_ids("prompt", request.prompt_ids, vocab_size)
     _check_samples(request)

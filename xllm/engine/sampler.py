@@ -110,7 +110,7 @@ class Draw:
     history: TokenHistory | None = None
     """Given where `TokenHistory.is_needed`."""
     grammar: GrammarState | None = None
-    """Its `forbidden` tokens are not drawn: what is `suppressed` is among them."""
+    """Its `bias` decides what may be drawn; it knows of what is `suppressed`, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +201,7 @@ def _adjust(logits: torch.Tensor, entry: Draw) -> None:
         bias = torch.tensor(list(entry.params.logit_bias.values()), device=logits.device)
         logits.index_add_(0, token_ids, bias.to(logits.dtype))
     if entry.grammar is not None:
-        forbidden = torch.from_numpy(entry.grammar.forbidden).to(logits.device)
-        logits.masked_fill_(forbidden, -torch.inf)
+        logits += torch.from_numpy(entry.grammar.bias).to(logits.device)
     elif entry.suppressed:
         logits[list(entry.suppressed)] = -torch.inf
 

@@ -248,7 +248,7 @@ async def test_a_master_that_dies_costs_misses_until_it_is_back(
         await worker.detached()
         await worker.clear_device()
         assert await worker.generate(PROMPT) == (cold, {})
-        assert worker.store.statistics().num_detachments == 1
+        assert worker.store.statistics().num_detachments >= 1
         own_pool.start_master()
         await worker.attached()
         own_pool.kill("memory")  # whose segment the new master knows only after a while

@@ -87,10 +87,8 @@ class Worker:
         return self.engine.tiers.store
 
     @property
-    def agent(self) -> StoreAgent:
-        agent = self.store._client._agent
-        assert agent is not None
-        return agent
+    def agent(self) -> StoreAgent | None:
+        return self.store._client._agent
 
     async def generate(self, prompt: list[int], salt: str = "") -> tuple[list[int], dict[str, int]]:
         """Greedy tokens, and cached tokens by tier."""
@@ -250,7 +248,7 @@ async def test_a_master_that_dies_costs_misses_until_it_is_back(
         await worker.detached()
         await worker.clear_device()
         assert await worker.generate(PROMPT) == (cold, {})
-        assert worker.store.statistics().num_detachments == 1
+        assert worker.store.statistics().num_detachments >= 1
         own_pool.start_master()
         await worker.attached()
         own_pool.kill("memory")  # whose segment the new master knows only after a while
@@ -303,10 +301,11 @@ async def test_an_agent_that_is_killed_comes_back(pool: MooncakePool, tiny_llama
         cold, _ = await worker.generate(PROMPT)
         await worker.settle()
         agent = worker.agent
+        assert agent is not None
         agent.kill()
         await worker.clear_device()
         assert (await worker.generate(PROMPT))[0] == cold
-        await worker.until(lambda: worker.store.is_attached and worker.agent is not agent)
+        await worker.until(lambda: worker.agent not in (None, agent) and worker.store.is_attached)
         await worker.clear_device()
         assert await worker.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
 

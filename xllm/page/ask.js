@@ -72,8 +72,8 @@ export function setUpAsk(actions, getState) {
       answer.classList.remove("waiting");
     }
     if (chunk.usage) asked.usage = chunk.usage;
-    const text = chunk.choices?.[0]?.delta?.content;
-    if (text) answer.append(text);
+    const delta = chunk.choices?.[0]?.delta ?? {};
+    answer.append(delta.reasoning_content ?? "", delta.content ?? "");
     show();
   }
 

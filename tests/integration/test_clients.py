@@ -149,6 +149,21 @@ async def test_openai_calls_tools_whole(serve: Serve, openai_client: NewOpenAI) 
     assert not served.request.sampling.grammar
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_one_call_where_more_are_not_wanted(
+    serve: Serve, openai_client: NewOpenAI, stream: bool
+) -> None:
+    client = openai_client(await serve(tells(CALLS)))
+    options: dict[str, Any] = {"tools": TOOLS, "parallel_tool_calls": False}
+    if stream:
+        async with client.chat.completions.stream(model=MODEL, messages=HI, **options) as events:
+            answer: Any = await events.get_final_completion()
+    else:
+        answer = await client.chat.completions.create(model=MODEL, messages=HI, **options)
+    [call] = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
 async def test_openai_loops_over_tools_in_a_stream(serve: Serve, openai_client: NewOpenAI) -> None:
     client = openai_client(await serve(looks_and_answers))
     messages: list[Any] = list(HI)

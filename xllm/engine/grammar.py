@@ -14,6 +14,7 @@ thread in the next step. llguidance lets go of the GIL while it works, the forwa
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from xllm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_CACHED_GRAMMARS = 128
 _WORD_BITS = 32
@@ -78,11 +81,11 @@ class GrammarState:
         matcher = self._matcher
         pending, self._pending = self._pending, []
         if pending and not matcher.consume_tokens(pending):
-            self._fail(matcher.get_error() or "the output does not match the grammar")
+            self.fail(matcher.get_error() or "the output does not match the grammar")
             return
         matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if matcher.is_error():
-            self._fail(matcher.get_error())
+            self.fail(matcher.get_error())
             return
         bias = _BIAS_OF_BYTE.take(self._bits.view(np.uint8), axis=0).reshape(-1)
         self.bias = bias = bias[: len(self.bias)]
@@ -95,9 +98,10 @@ class GrammarState:
         if np.isneginf(bias.max()):  # complete, for a tokenizer that knows another EOS
             bias[self._eos_token_ids] = 0.0
             if not self._eos_token_ids:
-                self._fail("the output is complete, but the model has no token that ends it")
+                self.fail("the output is complete, but the model has no token that ends it")
 
-    def _fail(self, error: str) -> None:
+    def fail(self, error: str) -> None:
+        """Nothing may be drawn any more."""
         self.error = error
         self.bias = np.full_like(self.bias, -np.inf)
 
@@ -200,4 +204,8 @@ class MaskWorker:
 
 def _advance_all(work: Sequence[MaskWork]) -> None:
     for state, suppressed in work:
-        state.advance(suppressed)
+        try:
+            state.advance(suppressed)
+        except Exception:  # foreign code: other requests of the step have nothing to do with it
+            logger.exception("grammar_failed")
+            state.fail("the grammar could not be followed")

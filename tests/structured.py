@@ -103,9 +103,8 @@ async def ask_for_answers(
             "seed": number,
             "max_tokens": MAX_TOKENS,
         }
-        async with limit, http.post(f"{url}/v1/chat/completions", json=body) as response:
-            answer = await response.json()
-            tally.workers.add(response.headers.get("x-xllm-worker-id", ""))
+        async with limit:
+            answer = await until_accepted(body)
         try:
             [choice] = answer["choices"]
             text = choice["message"]["content"]
@@ -116,6 +115,17 @@ async def ask_for_answers(
         except (AssertionError, KeyError, ValueError, jsonschema.ValidationError) as error:
             tally.wrong.append(f"{name} {number}: {error!r} in {answer}")
         on_answer(tally)
+
+    async def until_accepted(body: dict[str, Any]) -> dict[str, Any]:
+        """As clients do: who is told to try again later does."""
+        while True:
+            async with http.post(f"{url}/v1/chat/completions", json=body) as response:
+                answer: dict[str, Any] = await response.json()
+                if response.status not in (429, 503):
+                    tally.workers.add(response.headers.get("x-xllm-worker-id", ""))
+                    return answer
+                seconds = float(response.headers["Retry-After"])
+            await asyncio.sleep(seconds)
 
     async with aiohttp.ClientSession(timeout=_TIMEOUT) as http, asyncio.TaskGroup() as tasks:
         for number in range(count):

@@ -149,6 +149,21 @@ async def test_openai_calls_tools_whole(serve: Serve, openai_client: NewOpenAI) 
     assert not served.request.sampling.grammar
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_one_call_where_more_are_not_wanted(
+    serve: Serve, openai_client: NewOpenAI, stream: bool
+) -> None:
+    client = openai_client(await serve(tells(CALLS)))
+    options: dict[str, Any] = {"tools": TOOLS, "parallel_tool_calls": False}
+    if stream:
+        async with client.chat.completions.stream(model=MODEL, messages=HI, **options) as events:
+            answer: Any = await events.get_final_completion()
+    else:
+        answer = await client.chat.completions.create(model=MODEL, messages=HI, **options)
+    [call] = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
 async def test_openai_loops_over_tools_in_a_stream(serve: Serve, openai_client: NewOpenAI) -> None:
     client = openai_client(await serve(looks_and_answers))
     messages: list[Any] = list(HI)
@@ -266,6 +281,60 @@ async def test_what_cannot_be_is_refused_before_a_worker_hears_of_it(
         )
     assert caught.value.param == param
     assert served.backend.generations == []
+
+
+@pytest.mark.parametrize("depth", [150, 500, 1000])
+async def test_schemas_of_any_depth_are_answered(serve: Serve, depth: int) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    function = {"name": "f", "parameters": schema}
+    chat = {"model": MODEL, "messages": HI, "max_tokens": 9}
+    served = await serve(tells("x"))
+    async with aiohttp.ClientSession() as http:
+        for path, fields in (
+            ("chat/completions", {"guided_json": schema}),
+            ("chat/completions", {"tools": [{"type": "function", "function": function}]}),
+            (
+                "chat/completions",
+                {
+                    "tools": [{"type": "function", "function": function}],
+                    "tool_choice": "required",
+                },
+            ),
+            ("messages", {"tools": [{"name": "f", "input_schema": schema}]}),
+            (
+                "messages",
+                {
+                    "messages": [
+                        {
+                            "role": "assistant",
+                            "content": [
+                                {"type": "tool_use", "id": "1", "name": "f", "input": schema}
+                            ],
+                        },
+                        {"role": "user", "content": "so?"},
+                    ]
+                },
+            ),
+        ):
+            body = deep_json({**chat, **fields}, schema, depth)
+            async with http.post(f"{served.url}/v1/{path}", data=body) as response:
+                assert response.status in (200, 400), await response.text()
+
+
+def deep_json(body: dict[str, Any], schema: dict[str, Any], depth: int) -> str:
+    """`json.dumps(body)`, which gives up where `schema` is too deep."""
+
+    def flat(value: Any) -> Any:
+        if value is schema:
+            return "SCHEMA"
+        if isinstance(value, dict):
+            return {key: flat(entry) for key, entry in value.items()}
+        return [flat(entry) for entry in value] if isinstance(value, list) else value
+
+    deep = '{"items":' * depth + "{}" + "}" * depth
+    return json.dumps(flat(body)).replace('"SCHEMA"', deep)
 
 
 class Person(BaseModel):

@@ -52,6 +52,9 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
+OTHERS_COMMANDS = re.compile(r"^```\n(vllm|guidellm) .*?^```", re.MULTILINE | re.DOTALL)
+
+
 def objects(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(path.read_text()) if document]
 
@@ -78,7 +81,8 @@ def xllm_pods() -> list[tuple[str, dict[str, Any], Config]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_of_the_pages_exists(page: Path) -> None:
     known = {flag.name for role in ROLES for flag in role_flags(role)}
-    named = set(re.findall(r"(?<![\w-])--([a-z][a-z_\-]*[a-z])", page.read_text()))
+    text = re.sub(OTHERS_COMMANDS, "", page.read_text())
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z_\-]*[a-z])", text))
     unknown = {name for name in named if not OTHERS.match(f"--{name}")} - known
     unknown -= {f"no{name}" for name in known} | {"flag", "bool", "nobool", "cov", "store"}
     assert not unknown, f"{page.name} names flags that xllm does not have: {sorted(unknown)}"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.fakes import tiny_core, tiny_tokenizer
-from xllm.engine.grammar import GrammarCompiler, GrammarState
+from xllm.engine.grammar import GrammarCompiler, GrammarState, MaskWorker
 from xllm.errors import InvalidRequest
 from xllm.roles.api import grammars
 
@@ -145,3 +145,16 @@ def test_choices_are_taken_as_they_are(compiler: GrammarCompiler) -> None:
         grammar = grammars.choice_grammar([choice, "other"], param="x")
         assert allowed(state_of(compiler, grammar, choice)) == {"<|end|>"}
     assert json.loads(grammars.literal("ä")) == "ä"
+
+
+def test_a_state_that_breaks_leaves_the_others_alone(compiler: GrammarCompiler) -> None:
+    compiled = compiler.submit(grammars.choice_grammar(["ab"], param="x")).result(10)
+    broken, good = compiled.new_state(["nonsense"]), compiled.new_state()  # type: ignore[list-item]
+    worker = MaskWorker()
+    try:
+        worker.begin([(broken, ()), (good, ())]).result(10)
+    finally:
+        worker.close()
+    assert broken.error
+    assert np.isneginf(broken.bias).all()
+    assert {"a"} <= allowed(good)

@@ -57,7 +57,7 @@ def test_a_chat_is_read_for_thoughts_and_then_for_calls(
     reader = ChatReader(
         ThoughtSplitter(is_thinking=True),
         HermesReader([Tool("f", {})]),
-        calls_end,  # type: ignore[arg-type]
+        calls_end=calls_end,  # type: ignore[arg-type]
     )
     first = reader.read(Part("<tool_call> is a tag</think>\nSo:\n<tool_call>{"))
     assert (first.thoughts, first.text, first.calls) == ("<tool_call> is a tag", "So:", [])

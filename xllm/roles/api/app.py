@@ -144,6 +144,10 @@ def _answer_errors(metrics: Metrics, tracer: Tracer) -> Middleware:
                     *(call.request_id, error.label, error.message),
                 )
             return error_response(error, request.path)
+        except RecursionError:
+            # JSON is read to a depth of 1,024, which others that have to do with it do not reach.
+            metrics.request_errors.labels(InvalidRequest.label).inc()
+            return error_response(InvalidRequest("the body is nested too deeply"), request.path)
         except web.HTTPException as error:
             metrics.request_errors.labels(InvalidRequest.label).inc()
             return http_error_response(error, request.method, request.path)

@@ -19,6 +19,8 @@ class ChatReader:
 
     thoughts: ThoughtSplitter | None
     tools: ToolReader | None
+    max_calls: int | None = None
+    """Further ones are dropped; None: all are shown."""
     calls_end: CallsEnd = "tool_calls"
     """How a choice with calls ends: OpenAI says "stop" where the client has named the tool."""
 
@@ -40,10 +42,13 @@ class ChatReader:
                 reading.calls += rest.calls
             if finish_reason == FinishReason.STOP and self.tools.num_calls:
                 finish_reason = self.calls_end
+        calls = reading.calls
+        if self.max_calls is not None:
+            calls = [call for call in calls if call.index < self.max_calls]
         return replace(
             part,
             text=reading.text,
             thoughts=thoughts,
-            calls=reading.calls,
+            calls=calls,
             finish_reason=finish_reason,
         )

@@ -48,7 +48,8 @@ def plan_reading(
         return ChatReader(
             ThoughtSplitter(is_thinking=is_thinking) if thinks else None,
             notation(tools) if notation is not None else None,
-            "stop" if body.names_a_tool else "tool_calls",
+            max_calls=1 if body.parallel_tool_calls is False else None,
+            calls_end="stop" if body.names_a_tool else "tool_calls",
         )
 
     markers = notation.markers if notation is not None else ()

@@ -208,6 +208,9 @@ class FakeBackend:
     def admit(self, model_id: str) -> None:
         """`generate` refuses."""
 
+    async def prepare(self, request: GenerateRequest) -> None:
+        """Nothing takes long."""
+
     def generate(self, request: GenerateRequest) -> FakeGeneration:
         if self.refusal is not None:
             raise self.refusal

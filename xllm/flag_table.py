@@ -323,7 +323,7 @@ MASTER_CONCERNS: tuple[Concern, ...] = (
                 RoutingConfig,
                 "max_queue_time",
                 decimal("SECONDS", 0.1, 86400),
-                "A request that would wait longer on every worker is refused with 429; some 64"
+                "A request that would wait longer on every worker is refused with 429; some 16"
                 " may wait on each in any case.",
             ),
             Flag(

@@ -50,7 +50,8 @@ _ROLE_ENDED = 0
 _HANGUP = int(signal.SIGHUP)
 
 SWITCH_INTERVAL_S = 0.001
-"""Of a worker's threads: its event loop must not wait Python's 5 ms for the engine's."""
+"""Of threads: an event loop must not wait Python's 5 ms for the engine's, or for one that encodes a
+prompt."""
 
 
 def main() -> NoReturn:
@@ -183,12 +184,12 @@ def _load_role(
     """Imports the role's module, which for a worker takes seconds."""
     from xllm.config import MasterConfig
 
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     if isinstance(config, MasterConfig):
         from xllm.roles.master import run_master
 
         return lambda: run_master(config, reload)
 
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     from xllm.roles.worker import run_worker
 
     return lambda: run_worker(config, reload)

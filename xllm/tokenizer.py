@@ -80,7 +80,7 @@ def read_tokenizer_files(folder: str | Path) -> TokenizerFiles:
 
 
 class Tokenizer:
-    """One model's tokenizer. Encoding may run on any thread, all else on one at a time."""
+    """One model's tokenizer. `encode` and `decode` run on any thread, all else on one at a time."""
 
     def __init__(
         self,
@@ -167,9 +167,10 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self._core.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+        """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD. Any thread."""
+        # The batch call is the one that releases the GIL.
+        [text] = self._core.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], /, **kwargs: Any) -> str:
         """Renders a conversation; `add_generation_prompt=True` is up to the caller.

@@ -43,7 +43,7 @@ def limited(name: str, value: float, unit: str, limit: float) -> Row:
         value=value,
         unit=unit,
         reference=limit,
-        ratio=value / limit,
+        ratio=value / limit if limit else None,
         target=f"<= {limit:g} {unit}",
         met=value <= limit,
     )

@@ -84,8 +84,9 @@ class Faults:
         client = EtcdClient(self._cluster.etcd_addresses)
         key = KEYS.worker(WorkerId(worker.worker_id))
         try:
-            registered = await client.get(key)
-            assert registered is not None
+            async with asyncio.timeout(LEASE_TTL_S + NOTICE_S):  # an etcd that was wiped, say
+                while (registered := await client.get(key)) is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
             await client.revoke(registered.lease, timeout_s=5)
         finally:
             await client.close()

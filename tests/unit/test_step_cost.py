@@ -75,3 +75,34 @@ def test_nothing_learned_limits_nothing() -> None:
 def test_no_budget_no_tokens() -> None:
     assert learned().max_prefill(0.0, 0) == 0
     assert learned().max_prefill(-1.0, 0) == 0
+
+
+def share_in_time(slow_share: float) -> float:
+    """Of steps that were planned for 80 ms on a machine where some take half as long again."""
+    rng = random.Random(3)
+    cost = learned()
+    num_in_time = 0
+    for i in range(4000):
+        work = decode_work(500)
+        start = rng.randrange(0, 4000)
+        left_s = cost.planned_s(0.08) - cost.predict(work)
+        work += prefill_work(start, cost.max_prefill(left_s, start))
+        seconds = true_seconds(work) * (1.5 if rng.random() < slow_share else 1.0)
+        num_in_time += i >= 1000 and seconds <= 0.08
+        cost.observe(work, seconds)
+    return num_in_time / 3000
+
+
+@pytest.mark.parametrize("slow_share", [0.0, 0.1, 0.3])
+def test_nearly_all_steps_that_are_planned_are_in_time(slow_share: float) -> None:
+    assert share_in_time(slow_share) > 0.9
+
+
+def test_a_steady_machine_gets_its_time_back() -> None:
+    cost = learned()
+    for i in range(200):
+        cost.observe(decode_work(500), true_seconds(decode_work(500)) * (1 + i % 2))
+    assert cost.planned_s(0.08) < 0.07
+    for _ in range(3000):
+        cost.observe(decode_work(500), true_seconds(decode_work(500)))
+    assert cost.planned_s(0.08) > 0.07

@@ -84,5 +84,6 @@ class LoadMeter:
         if not decoding:
             return 1.0
         work = sum((decode_work(seq.num_tokens) for seq in decoding), StepWork())
-        share = 1.0 - self.cost.predict(work) / self.scheduler.limits.max_step_s
+        planned_s = self.cost.planned_s(self.scheduler.limits.max_step_s)
+        share = 1.0 - self.cost.predict(work) / planned_s
         return 1.0 / max(share, MIN_PREFILL_SHARE)

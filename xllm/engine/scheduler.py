@@ -52,8 +52,8 @@ class SchedulerLimits:
     max_model_len: int
     max_tokens_per_chunk: int = 0
     """Prompt tokens of a step that also decodes; 0: what keeps the step under `max_step_s`."""
-    max_step_s: float = 0.072
-    """By the fitted cost: what a step really takes is within 80 ms then, nearly always."""
+    max_step_s: float = 0.080
+    """What nearly all steps that decode take at most."""
     prefetch_timeout_s: float | None = None
     """Of a load; None: what computing the same tokens would take."""
     enable_chunked_prefill: bool = True
@@ -139,7 +139,8 @@ class _Budget:
             return num_tokens if num_tokens <= self._rows or runs_alone else 0
         num_tokens = min(num_tokens, self._rows)
         if self._is_shared and not self._limits.max_tokens_per_chunk:
-            left_s = self._limits.max_step_s - self._cost.predict(self._work)
+            planned_s = self._cost.planned_s(self._limits.max_step_s)
+            left_s = planned_s - self._cost.predict(self._work)
             # However slow the decodes are, a prompt gets on by a little each step.
             least = 0 if self._work.prefill_pairs else MIN_CHUNK_TOKENS
             num_tokens = min(num_tokens, max(self._cost.max_prefill(left_s, start), least))

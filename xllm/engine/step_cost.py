@@ -9,6 +9,9 @@ errors, so that a 10 ms step counts as much as a 300 ms one.
 
 It answers two questions: how many prompt tokens fit beside the decodes of a step, and at what rate
 a worker prefills, which routing needs.
+
+A fit tells what a step takes on average. Streams feel the slow ones, so what nearly all steps take
+is learned beside it, as a multiple of the fit: a machine that others use, too, gets shorter steps.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ import numpy.typing as npt
 from xllm.protocol import PrefillCost
 
 FORGETTING = 0.995
+SPREAD_SHARE = 0.97
+"""Of the steps, that take at most `spread` times what was predicted."""
+SPREAD_RATE = 0.02
+MIN_SPREAD = 1.08
+MAX_SPREAD = 1.6
 _PRIOR_VARIANCE = np.array([1e-1, 1e-2, 1e-6, 1e-6]) ** 2
 """Of the coefficients, in seconds: wide, so that any measurement outweighs the prior."""
 
@@ -58,12 +66,15 @@ class StepCost:
     def __init__(self) -> None:
         self._coefficients: npt.NDArray[np.float64] = np.zeros(4)
         self._covariance: npt.NDArray[np.float64] = np.diag(_PRIOR_VARIANCE)
+        self._spread = MIN_SPREAD
         self.num_observed = 0
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learns from one step; steps in which the process slept are the caller's to leave out."""
         if seconds <= 0:
             return
+        if (predicted_s := self.predict(work)) > 0:
+            self._learn_spread(seconds / predicted_s)
         features = _features(work) / seconds
         gain = self._covariance @ features
         gain /= FORGETTING + features @ gain
@@ -77,6 +88,10 @@ class StepCost:
     def predict(self, work: StepWork) -> float:
         """Seconds; 0 while nothing was observed."""
         return max(float(_features(work) @ self._positive()), 0.0)
+
+    def planned_s(self, max_s: float) -> float:
+        """What a step may take by `predict`, so that nearly all of them take at most `max_s`."""
+        return max_s / self._spread
 
     def max_prefill(self, budget_s: float, start: int) -> int:
         """Most prompt tokens, from position `start` on, that add at most `budget_s` to a step."""
@@ -106,6 +121,12 @@ class StepCost:
     def token_s(self) -> float:
         """What a prompt token costs at the least, beside others in one chunk; 0: not known yet."""
         return float(self._positive()[1])
+
+    def _learn_spread(self, ratio: float) -> None:
+        """Moves towards the quantile by stochastic approximation (Robbins and Monro, 1951)."""
+        is_over = ratio > self._spread
+        self._spread += SPREAD_RATE * (SPREAD_SHARE if is_over else SPREAD_SHARE - 1.0)
+        self._spread = min(max(self._spread, MIN_SPREAD), MAX_SPREAD)
 
     def _positive(self) -> npt.NDArray[np.float64]:
         return np.maximum(self._coefficients, 0.0)

@@ -16,9 +16,9 @@ from collections import deque
 
 WINDOW_S = 4.0
 MIN_WINDOW_S = 1.0
-MIN_QUEUED = 64
-"""So many may always wait on a worker: about one batch. A prompt that alone takes longer than the
-limit must not keep all others out."""
+MIN_QUEUED = 16
+"""So many may always wait on a worker: a prompt that alone takes longer than the limit must not
+keep all others out. A slow worker has them done soon after a crowd has gone."""
 
 _MAX_BEGUN = 1024
 

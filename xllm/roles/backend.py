@@ -56,6 +56,13 @@ class Backend(Protocol):
         """
         ...
 
+    async def prepare(self, request: GenerateRequest) -> None:
+        """Does off the event loop what `generate` would keep it long with.
+
+        Raises: UnknownModel, NoWorker.
+        """
+        ...
+
     def generate(self, request: GenerateRequest) -> Generation:
         """Accepts a validated request; synchronous, so that nothing accepted is lost.
 

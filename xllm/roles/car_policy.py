@@ -16,15 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from xllm.cache.block_hash import CacheRoot, hash_blocks
+from xllm.cache.block_hash import CacheRoot
 from xllm.cache.event_codec import TierCode, short_hashes
 from xllm.cache.index import CacheIndex
 from xllm.errors import ConfigError, Overloaded
 from xllm.protocol import BlockHash, FetchRange, GenerateRequest, WorkerId, WorkerLoad
 from xllm.roles.cost_routing import CostRouting, Estimate, Outcome, Prompt, Targets
 from xllm.roles.global_scheduler import POLICIES, Candidate, Policy, Route
+from xllm.roles.prompt_names import LONG_TOKENS, PromptNames
 
 POLICY_NAMES = ("CAR", *POLICIES, "SLO_AWARE")
 
@@ -73,6 +75,17 @@ class CostAware:
         self._policy = policy
         self._targets = targets
         self._groups: dict[CacheRoot, CostRouting] = {}
+        self._names = PromptNames()
+
+    def preparation(self, request: GenerateRequest) -> Callable[[], None] | None:
+        """What had better be done on another thread before `route`; None: nothing.
+
+        Raises: UnknownModel, NoWorker.
+        """
+        is_long = len(request.prompt_ids) >= LONG_TOKENS
+        if not is_long or request.sampling.prompt_logprobs is not None:
+            return None
+        return partial(self._names.prepare, request, self._root_of(request.model_id))
 
     def report(
         self, root: CacheRoot, worker: WorkerId, load: WorkerLoad, num_unacknowledged: int = 0
@@ -161,15 +174,13 @@ class CostAware:
     def _prompt(self, request: GenerateRequest) -> tuple[CacheRoot, Prompt, Sequence[BlockHash]]:
         """A retry brings its output so far, which is computed like a prompt."""
         root = self._root_of(request.model_id)
-        token_ids = request.prompt_ids
-        if request.output_ids:
-            token_ids = token_ids + request.output_ids
         names: Sequence[BlockHash] = ()
         # Whoever wants scores of the prompt has all of it computed.
         if request.sampling.prompt_logprobs is None:
-            names = hash_blocks(root.hash(request.salt), token_ids, root.block_size)
+            names = self._names.of(request, root)
         attempt = f"{request.request_id}/{request.attempt}/{request.index}"
-        prompt = Prompt(attempt, short_hashes(names), max(1, len(token_ids)))
+        num_tokens = len(request.prompt_ids) + len(request.output_ids)
+        prompt = Prompt(attempt, short_hashes(names), max(1, num_tokens))
         return root, prompt, names
 
     @staticmethod

@@ -131,6 +131,11 @@ class ClusterBackend:
                 return
         self._admitting(self._registry.candidates(model_id))
 
+    async def prepare(self, request: GenerateRequest) -> None:
+        preparation = self._router.preparation(request)
+        if preparation is not None:
+            await asyncio.to_thread(preparation)
+
     def generate(self, request: GenerateRequest) -> RoutedGeneration:
         return RoutedGeneration(
             request,

@@ -35,6 +35,9 @@ class LocalBackend:
     def admit(self, model_id: str) -> None:
         self._serving(model_id)
 
+    async def prepare(self, request: GenerateRequest) -> None:
+        """The engine has a thread of its own."""
+
     def generate(self, request: GenerateRequest) -> LocalGeneration:
         engine, _ = self._serving(request.model_id)
         generation = LocalGeneration(self._worker_id, request.n)

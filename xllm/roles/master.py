@@ -22,6 +22,7 @@ from xllm.config import DEFAULT_ETCD_ADDR, EtcdConfig, MasterConfig
 from xllm.coordination import EmbeddedEtcd, Keys, Session, ensure_etcd
 from xllm.coordination.endpoints import parse_endpoints
 from xllm.errors import EtcdUnavailable
+from xllm.heap import freeze_heap
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import MasterId, MasterInfo
 from xllm.reload import Reload
@@ -145,6 +146,7 @@ async def _serve(config: MasterConfig, reload: Reload) -> None:
         tasks.create_task(admin.run(session))
         tasks.create_task(backend.fetch_tokenizers(cluster.changed))
         tasks.create_task(global_index.run(client))
+        freeze_heap()
         # Not in here: it has to go on until the API has ended.
         tasks.create_task(cluster.follow(client, keys))
         await departure.wait()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from xllm.config import EngineConfig, WorkerConfig
 from xllm.coordination import EtcdClient, Keys, Session
 from xllm.errors import ConfigError
+from xllm.heap import freeze_heap
 from xllm.net import advertised_host, bound_port, join_host_port, listen
 from xllm.protocol import Epoch, WorkerId, WorkerInfo, WorkerLoad, WorkerState
 from xllm.reload import Reload
@@ -134,9 +135,12 @@ class _Worker:
         self._drain_timeout_s = config.drain_timeout
         self._drain_asked_for = asyncio.Event()
         self._main_socket = main_socket
-        self._operator_socket = operator_socket
         self._block_socket = block_socket
         """Where peers fetch blocks; None: there are none."""
+        # A registration may be written anew while the process stops, when sockets are closed.
+        self._port = bound_port(main_socket)
+        self._operator_bound = (operator_socket.getsockname()[0], bound_port(operator_socket))
+        self._block_port = None if block_socket is None else bound_port(block_socket)
 
     async def serve_masters(self, tasks: asyncio.TaskGroup) -> None:
         config = self.config
@@ -193,6 +197,7 @@ class _Worker:
                         drain=self._begin_drain,
                     )
                 )
+                freeze_heap()
                 self.ready = True
                 logger.info("worker_ready worker_id=%s address=%s", worker_id, self._address(host))
                 tasks.create_task(model.engine.wait_closed())
@@ -242,6 +247,7 @@ class _Worker:
             await engine_stack.enter_async_context(self._run_engine(model, tasks))
             tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
             backend.open(model.card, model.engine, tokenizer)
+            freeze_heap()
             self.ready = True
             scheme = "http" if self.client_tls is None else "https"
             logger.info("worker_ready url=%s://%s", scheme, self._address(host))
@@ -265,13 +271,12 @@ class _Worker:
             await engine.stop()
 
     def _address(self, host: str) -> str:
-        return join_host_port(host, bound_port(self._main_socket))
+        return join_host_port(host, self._port)
 
     def _operator_address(self, host: str) -> str:
-        bound = self._operator_socket.getsockname()[0]
+        bound_host, port = self._operator_bound
         return join_host_port(
-            self._guards.operator_address_host(bound, self.config.net, host),
-            bound_port(self._operator_socket),
+            self._guards.operator_address_host(bound_host, self.config.net, host), port
         )
 
     def _worker_id(self, host: str) -> WorkerId:
@@ -295,9 +300,7 @@ class _Worker:
             address=self._address(host),
             operator_address=self._operator_address(host),
             block_address=(
-                ""
-                if self._block_socket is None
-                else join_host_port(host, bound_port(self._block_socket))
+                "" if self._block_port is None else join_host_port(host, self._block_port)
             ),
             model=model.card,
             fingerprint=runner.fingerprint,

@@ -1,4 +1,7 @@
-"""Reading a request's body: bounded, in time, JSON, valid."""
+"""Reading a request's body: bounded, in time, JSON, valid.
+
+Between two steps of a long body the event loop gets on with other requests.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from xllm.errors import BodyTooLarge, InvalidRequest
+from xllm.roles.api import long_json
 from xllm.roles.api.errors import from_validation
 from xllm.roles.api.requests import ApiModel
 from xllm.roles.api.unsupported import refuse_unsupported
@@ -36,15 +40,30 @@ async def read_json(request: web.Request, max_bytes: int) -> dict[str, Any]:
         raise InvalidRequest(f"the body took over {_READ_TIMEOUT_S:.0f} s to arrive") from error
     except web.RequestPayloadError as error:
         raise InvalidRequest(f"the body cannot be read: {error}") from error
-    return parse_json(raw)
+    if len(raw) <= long_json.LONG_BODY_BYTES:
+        return parse_json(raw)
+    try:
+        body = _object(await long_json.loads(raw))
+    except orjson.JSONDecodeError as error:
+        raise _not_json(error) from error
+    await asyncio.sleep(0)
+    return body
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
     """Raises: InvalidRequest if it is no JSON object."""
     try:
-        body = orjson.loads(raw)
+        return _object(orjson.loads(raw))
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+        raise _not_json(error) from error
+
+
+def _not_json(error: orjson.JSONDecodeError) -> InvalidRequest:
+    return InvalidRequest(f"the body is not valid JSON: {error}")
+
+
+def _object(body: Any) -> dict[str, Any]:
+    """Raises: InvalidRequest."""
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     return body

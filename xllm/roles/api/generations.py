@@ -43,6 +43,8 @@ class Generations:
         """Raises: UnknownModel, NoWorker, Overloaded: then none of them runs."""
         try:
             for request in self._requests:
+                await self._backend.prepare(request)
+            for request in self._requests:
                 self._generations.append(self._backend.generate(request))
         except BaseException:
             self._cancel_all()

@@ -104,7 +104,7 @@ class InfoHandlers:
         card = select_model(self._backend, body.model)
         check_vocabulary(body.tokens, card, param="tokens")
         tokenizer = await self._backend.tokenizer(card.model_id)
-        return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return json_response({"prompt": await self._encoder.decode(body.tokens, tokenizer)})
 
 
 def _model_object(card: ModelCard) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from xllm.tokenizer import Tokenizer
 _LONG_TEXT_CHARS = 1000
 _LONG_KNOWN_TEXT_CHARS = 1 << 15
 """About 1 ms, if all words are known."""
+_LONG_PROMPT_TOKENS = 10_000
 
 T = TypeVar("T")
 
@@ -97,6 +98,8 @@ class PromptEncoder:
                 raise InvalidRequest(f"{param} is empty", param=param)
             # What the tokenizer makes is in its own vocabulary, usually the model's.
             if prompt.text is None or tokenizer.vocab_size > card.vocab_size:
+                if len(prompt.token_ids) > _LONG_PROMPT_TOKENS:
+                    await asyncio.sleep(0)  # validating it has taken its time
                 check_vocabulary(prompt.token_ids, card, param=param)
         return prompts
 
@@ -118,6 +121,14 @@ class PromptEncoder:
             return [prompt for prompt in known if prompt is not None]
         encoded = iter(await self._run(encode, sum(map(len, unknown))))
         return [prompt or next(encoded) for prompt in known]
+
+    async def decode(self, token_ids: list[int], tokenizer: Tokenizer) -> str:
+        """Special tokens spelled out."""
+
+        def decode() -> str:
+            return tokenizer.decode(token_ids, skip_special_tokens=False)
+
+        return await self._run(decode, len(token_ids))
 
     async def _run(self, work: Callable[[], T], num_chars: int) -> T:
         if num_chars < _LONG_TEXT_CHARS:

@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 
@@ -59,7 +60,11 @@ def _content_kind(value: Any) -> str | None:
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_INT32)]
 TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+PromptTokenId = Annotated[
+    int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": _MAX_INT32})
+]
+"""What it may be is checked against the vocabulary, once for all ids of a prompt."""
+TokenIds = Annotated[list[PromptTokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     Annotated[Text, Tag("<text>")]
     | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<texts>")]
@@ -263,4 +268,4 @@ class DetokenizeRequest(ApiModel):
     """Body of /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[PromptTokenId], Field(fail_fast=True)]

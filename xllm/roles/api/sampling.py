@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import TypeVar
 
+import numpy as np
+
 from xllm.errors import InvalidRequest
 from xllm.protocol import ModelCard, SamplingParams
 from xllm.roles.api.errors import ContextLengthExceeded
@@ -74,7 +76,12 @@ def check_vocabulary(token_ids: list[int], card: ModelCard, *, param: str) -> No
     """Raises: InvalidRequest if an id is none of the model's."""
     if not token_ids:
         return
-    for token_id in (min(token_ids), max(token_ids)):
+    try:
+        ids = np.array(token_ids, dtype=np.int64)  # one pass, of a prompt that may be very long
+        extremes = (int(ids.min()), int(ids.max()))
+    except OverflowError:
+        extremes = (min(token_ids), max(token_ids))
+    for token_id in extremes:
         if not 0 <= token_id < card.vocab_size:
             raise InvalidRequest(
                 f"{param}: token id {token_id} is outside the vocabulary of {card.model_id}, "

@@ -227,21 +227,23 @@ class CostRouting:
         longest = max(sizes.values(), default=0)
         views = [self._views.get(c.worker_id) or self._view(c.worker_id) for c in candidates]
         prefixes = [held.get(c.worker_id, _NO_BLOCKS) for c in candidates]
-        unheld: dict[CostKind, tuple[float, float]] = {}
+        # Workers of one kind that hold equally much, as most do, take equally long.
+        computing: dict[tuple[CostKind, int], tuple[float, float]] = {}
         all_parts = []
         for candidate, view, prefix in zip(candidates, views, prefixes, strict=True):
-            num_more = candidate.unreported
-            if prefix is not _NO_BLOCKS:
-                all_parts.append(
-                    view.parts(prefix, longest, num_blocks, block_size, num_tokens, num_more, now)
+            num_held = 0 if prefix is _NO_BLOCKS else sum(prefix)
+            key = (view.kind, num_held)
+            both_s = computing.get(key)
+            if both_s is None:
+                cost = view.kind.cost
+                both_s = computing[key] = (
+                    computing_s(cost, num_held * block_size, num_tokens),
+                    computing_s(cost, longest * block_size, num_tokens),
                 )
-                continue
-            unheld_s = unheld.get(view.kind)
-            if unheld_s is None:
-                cost, start = view.kind.cost, longest * block_size
-                unheld_s = computing_s(cost, 0, num_tokens), computing_s(cost, start, num_tokens)
-                unheld[view.kind] = unheld_s
-            all_parts.append(view.parts_of_none(unheld_s, longest, num_blocks, num_more, now))
+            num_more = candidate.unreported
+            all_parts.append(
+                view.parts(prefix, num_held, both_s, longest, num_blocks, num_more, now)
+            )
         sources: list[tuple[float, WorkerId]] = []
         if any(parts[-1] for parts in all_parts):
             sources = [

@@ -1,5 +1,6 @@
 """The default model against `transformers` when blocks come from peers; the rest of it is in
-`scripts/golden peers`."""
+`scripts/golden peers`, and 131,072 tokens from a peer in `test_tier_engine.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden.fixtures import load_golden_prompts
+from tests.golden.fixtures import (
+    NUM_TINY_TOKENS,
+    GoldenPrompt,
+    load_fixture,
+    load_golden_prompts,
+)
 from tests.golden.matrix import CHUNKED
-from tests.golden.peers_matrix import from_every_tier, from_one_that_is_killed, long_prompt
+from tests.golden.peers_matrix import from_every_tier, from_one_that_is_killed
+from tests.golden.tiny_models import prompt_ids
+from xllm.config import EngineConfig
 
 pytestmark = pytest.mark.timeout(600)  # a model's worth of work, on whatever machine
 
@@ -38,11 +46,13 @@ async def test_from_a_peers_device_host_and_disk(
     assert [outcome.num_remote_tokens for outcome in outcomes] == [32 + 320] * 3
 
 
-async def test_from_a_peer_that_is_killed_while_it_sends(default_model_folder: Path) -> None:
-    [prompt] = [p for p in load_golden_prompts() if len(p.prompt_ids) == 333]
-    outcome = await from_one_that_is_killed(CONFIG, default_model_folder, prompt, NUM_TOKENS, 0.6)
+async def test_from_a_peer_that_is_killed_while_it_sends(tiny_llama: Path) -> None:
+    entry = load_fixture("tiny_llama")["prompts"][-1]
+    ids = prompt_ids(entry["length"], 320, entry["seed"])
+    prompt = GoldenPrompt(ids, entry["output_ids"], entry["gaps"], 0.0)
+    config = EngineConfig(
+        **{"device": "cpu", "dtype": "float32", "num_threads": 1, "block_size": 16},
+        **{"max_cache_size": 1 << 20, "max_model_len": 300},
+    )
+    outcome = await from_one_that_is_killed(config, tiny_llama, prompt, NUM_TINY_TOKENS, 0.6)
     assert outcome.problems == []
-
-
-async def test_a_prompt_of_131072_tokens_from_a_peer(tmp_path: Path) -> None:
-    assert (await long_prompt(tmp_path)).problems == []

@@ -17,6 +17,7 @@ from random import Random
 
 import pytest
 
+from tests import peers
 from tests.golden.tiny_models import TINY_MODELS, TinyModel, prompt_ids, write_model
 from xllm.cache.slab import OS_IO, VectorIO
 from xllm.cache.slab_format import checksum_of
@@ -309,7 +310,8 @@ async def test_a_prompt_of_131072_tokens_passes_through_every_tier(tmp_path: Pat
         **{"disk_write_policy": "write_through", "prefetch_timeout": 60_000},
     )
     prompt = prompt_ids(131_072, VOCAB)
-    async with running(config, folder) as engine:
+    async with peers.running(config, folder) as peer:
+        engine = peer.engine
         cold, cached = await generate(engine, prompt)
         assert sum(cached.values()) == 0
         await settle(engine)
@@ -322,6 +324,12 @@ async def test_a_prompt_of_131072_tokens_passes_through_every_tier(tmp_path: Pat
             tokens, cached = await generate(engine, prompt)
             assert (tokens, cached[tier]) == (cold, 131_071)
             await settle(engine)
+        # And from there to a worker that has none of it.
+        alone = replace(config, host_cache_size=0, disk_cache_dir=None, disk_cache_size=0)
+        async with peers.running(alone, folder, peers.B) as other:
+            fetch = peer.holds(prompt)
+            tokens, cached = await other.generate(prompt, fetch=fetch, timeout_s=120)
+            assert (tokens, cached["remote"]) == (cold, 131_071)
     async with running(config, folder) as engine:
         tokens, cached = await generate(engine, prompt)
         assert (tokens, cached["disk"]) == (cold, 131_071)

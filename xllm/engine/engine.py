@@ -358,6 +358,7 @@ class Engine:
         if not isinstance(error, RequestError):
             logger.error("grammar_failed request_id=%s", handle.request.request_id, exc_info=error)
             error = EngineFault("the grammar could not be compiled")
+        self._observe_end(handle, error.message)
         self._outbox.append((handle, error))
 
     def _begin(self, handle: RunningRequest, grammar: CompiledGrammar | None = None) -> None:

@@ -220,27 +220,28 @@ class WorkerView:
     def parts(
         self,
         prefix: TierCounts,
+        num_held: int,
+        computing: tuple[float, float],
         longest: int,
         num_blocks: int,
-        block_size: int,
-        num_tokens: int,
         num_more: int,
         now: float,
     ) -> RawParts:
-        """The fields of `Parts`. `longest`: the longest prefix that may be fetched; `num_more`:
-        requests that are there beyond the reported ones."""
-        device, host, disk, remote = prefix
-        num_held = device + host + disk + remote
+        """The fields of `Parts`. `num_held`: the sum of `prefix`; `computing`: what this kind of
+        worker takes for all behind these blocks, and for all behind the `longest` prefix that may
+        be fetched; `num_more`: requests that are there beyond the reported ones."""
+        computing_s, shorter_s = computing
         loading_s = 0.0
+        device = prefix[0]
         if num_held > device:
             _, host_s, disk_s, remote_s = self.load_block_s
-            loading_s = host * host_s + disk * disk_s + remote * remote_s
-        slowdown = self.slowdown_with(num_more)
-        computing_s = self._computing_s(num_held * block_size, num_tokens) * slowdown
+            loading_s = prefix[1] * host_s + prefix[2] * disk_s + prefix[3] * remote_s
+        slowdown = self._slowdown if num_more <= 0 else self.slowdown_with(num_more)
+        computing_s *= slowdown
         fetching_s = 0.0
         num_fetched = 0
         if longest > num_held and self.peer_block_s < math.inf:
-            shorter_s = self._computing_s(longest * block_size, num_tokens) * slowdown
+            shorter_s *= slowdown
             to_fetch_s = (longest - num_held) * self.peer_block_s
             if to_fetch_s + shorter_s < computing_s:
                 computing_s, fetching_s = shorter_s, to_fetch_s
@@ -254,40 +255,6 @@ class WorkerView:
             (num_blocks - device) * self.displace_block_s,
             num_fetched,
         )
-
-    def parts_of_none(
-        self,
-        unheld_s: tuple[float, float],
-        longest: int,
-        num_blocks: int,
-        num_more: int,
-        now: float,
-    ) -> RawParts:
-        """`parts` where nothing is held: most workers, so it is short. `unheld_s`: what computing
-        all of the prompt takes this kind of worker, and all behind `longest` blocks."""
-        computing_s, shorter_s = unheld_s
-        slowdown = self._slowdown if num_more <= 0 else self.slowdown_with(num_more)
-        computing_s *= slowdown
-        fetching_s = 0.0
-        num_fetched = 0
-        if longest and self.peer_block_s < math.inf:
-            shorter_s *= slowdown
-            to_fetch_s = longest * self.peer_block_s
-            if to_fetch_s + shorter_s < computing_s:
-                computing_s, fetching_s = shorter_s, to_fetch_s
-                num_fetched = longest
-        backlog_s = self._backlog_s - (now - self._at)
-        return (
-            backlog_s if backlog_s > 0.0 else 0.0,
-            0.0,
-            fetching_s,
-            computing_s,
-            num_blocks * self.displace_block_s,
-            num_fetched,
-        )
-
-    def _computing_s(self, start: int, num_tokens: int) -> float:
-        return computing_s(self.kind.cost, start, num_tokens)
 
     def _displace_block_s(
         self, load: WorkerLoad, compute_block_s: float, reuse: ReuseMeter

@@ -239,30 +239,35 @@ class CostRouting:
         longest = max(sizes.values(), default=0)
         views = [self._views.get(c.worker_id) or self._view(c.worker_id) for c in candidates]
         prefixes = [held.get(c.worker_id, _NO_BLOCKS) for c in candidates]
-        unheld: dict[CostKind, tuple[float, float]] = {}
+        # Workers of one kind that hold equally much, as most do, take equally long.
+        computing: dict[tuple[CostKind, int], tuple[float, float]] = {}
         all_parts = []
         for candidate, view, prefix in zip(candidates, views, prefixes, strict=True):
-            num_more = candidate.unreported
-            if prefix is not _NO_BLOCKS:
-                all_parts.append(
-                    view.parts(prefix, longest, num_blocks, block_size, num_tokens, num_more, now)
+            num_held = 0 if prefix is _NO_BLOCKS else sum(prefix)
+            key = (view.kind, num_held)
+            both_s = computing.get(key)
+            if both_s is None:
+                cost = view.kind.cost
+                both_s = computing[key] = (
+                    computing_s(cost, num_held * block_size, num_tokens),
+                    computing_s(cost, longest * block_size, num_tokens),
                 )
-                continue
-            unheld_s = unheld.get(view.kind)
-            if unheld_s is None:
-                cost, start = view.kind.cost, longest * block_size
-                unheld_s = computing_s(cost, 0, num_tokens), computing_s(cost, start, num_tokens)
-                unheld[view.kind] = unheld_s
-            all_parts.append(view.parts_of_none(unheld_s, longest, num_blocks, num_more, now))
+            num_more = candidate.unreported
+            all_parts.append(
+                view.parts(prefix, num_held, both_s, longest, num_blocks, num_more, now)
+            )
         gaps = self._index.store_gaps(hashes)
         for i, view in enumerate(views if gaps is not None else ()):
             assert gaps is not None
             with_store = _with_store(prefixes[i], gaps, num_blocks) if view.has_store else None
             if with_store is not None:
-                unreported = candidates[i].unreported
-                parts = view.parts(
-                    with_store, longest, num_blocks, block_size, num_tokens, unreported, now
+                num_held, cost = sum(with_store), view.kind.cost
+                both_s = (
+                    computing_s(cost, num_held * block_size, num_tokens),
+                    computing_s(cost, longest * block_size, num_tokens),
                 )
+                num_more = candidates[i].unreported
+                parts = view.parts(with_store, num_held, both_s, longest, num_blocks, num_more, now)
                 if cost_s(parts) <= cost_s(all_parts[i]):  # which keeps no peer busy
                     prefixes[i], all_parts[i] = with_store, parts
         sources: list[tuple[float, WorkerId]] = []

@@ -403,6 +403,7 @@ async def test_the_oracles_tokens_from_the_store(
         config = replace(
             CHUNKED,
             max_cache_size=256 << 20,
+            max_model_len=1024,
             prefetch_timeout=60_000,
             disk_cache_dir=str(tmp_path / str(turn)),
             disk_cache_size=128 << 20,

@@ -258,15 +258,14 @@ class Loader:
         assert num_running <= self._num_running
 
     def _pin(self, ticket: LoadTicket) -> None:
-        """Cuts the ticket into runs: neighbours from one tier, of about TRANSFER_BYTES; from the
-        store as many as a lane has slots for."""
+        """Cuts the ticket into runs: neighbours from one tier, of about TRANSFER_BYTES."""
         max_blocks = max(1, TRANSFER_BYTES // self._device.block_bytes)
         run: _Run | None = None
         for i, item in enumerate(ticket._items):
             is_open = (
                 run is not None
                 and run.source == item.source
-                and (i - run.start < max_blocks or item.source == IN_STORE)
+                and i - run.start < max_blocks
                 and not run.blocks.is_full
             )
             if not is_open or run is None:

@@ -57,7 +57,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "choice": {
         "anyOf": [
             _object(kind={"const": "text"}, text=_text(30)),
-            _object(kind={"const": "date"}, date={"type": "string", "format": "date"}),
+            # Not a date: of these, grammars know no leap years (docs/api.md).
+            _object(
+                kind={"const": "month"}, month={"type": "string", "pattern": "^[12]\\d{3}-\\d\\d$"}
+            ),
         ]
     },
 }

@@ -323,6 +323,8 @@ class Metrics:
             "Blocks (unanswered: prompts) that the shared store did not bring or take, by reason.",
             "reason",
         )
+        for reason in ("unanswered", "absent", "corrupt", "full", "failed"):
+            self.store_failures.labels(reason)
         self.peer_failures = counter(
             "peer_failures",
             "Times a peer failed as a source of blocks and was avoided for a while.",

@@ -75,13 +75,12 @@ class Rig:
         return next((span for span in spans if span.name == "fetch blocks"), None)
 
     def until_indexed(self, holder: str, prompt: list[int]) -> None:
-        """The master knows that this worker has the prompt."""
+        """The master has been told that this worker has the prompt: so it can be fetched."""
 
         def is_indexed() -> bool:
-            url = f"{self.master.operator_url}/admin/route"
-            explained = post_json(url, {"token_ids": prompt, "model": MODEL_ID})
-            (one,) = [c for c in explained["candidates"] if c["worker_id"] == holder]
-            return sum(one["prefix_blocks"].values()) == NUM_BLOCKS
+            url = f"{self.master.operator_url}/admin/cache/lookup"
+            found = post_json(url, {"token_ids": prompt, "model": MODEL_ID})["workers"][holder]
+            return sum(found["indexed_tokens_by_tier"].values()) == NUM_BLOCKS * BLOCK
 
         wait_until(is_indexed, f"an index of what {holder} holds", WAIT_S)
 

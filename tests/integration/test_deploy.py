@@ -6,6 +6,7 @@ units, where it is installed.
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import shutil
@@ -23,6 +24,7 @@ from xllm.config import MasterConfig, WorkerConfig
 from xllm.flag_table import ROLES, role_flags
 from xllm.flags import parse_command_line
 from xllm.main import AFTER_DRAIN_S
+from xllm.operate.command_line import make_parser
 from xllm.roles.operator import OperatorPort
 from xllm.telemetry import Metrics
 
@@ -78,9 +80,19 @@ def xllm_pods() -> list[tuple[str, dict[str, Any], Config]]:
     return found
 
 
+def operators_flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Of `xllm top` and the like, without dashes."""
+    for action in parser._actions:
+        yield from (option.lstrip("-") for option in action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from operators_flags(inner)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_of_the_pages_exists(page: Path) -> None:
     known = {flag.name for role in ROLES for flag in role_flags(role)}
+    known |= set(operators_flags(make_parser()))
     text = re.sub(OTHERS_COMMANDS, "", page.read_text())
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z_\-]*[a-z])", text))
     unknown = {name for name in named if not OTHERS.match(f"--{name}")} - known

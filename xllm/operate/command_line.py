@@ -37,7 +37,7 @@ _OK, _NOT_DONE, _CANNOT_BE = 0, 1, 2
 def run_command(argv: Sequence[str], console: Console | None = None) -> int:
     """Runs what `argv`, without the program's name, asks for; the exit code."""
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = make_parser().parse_args(argv)
     except SystemExit as ended:
         return int(ended.code or 0)
     # Whoever reads a pipe has no use for lines that were broken up.
@@ -126,7 +126,8 @@ def _print_json(answer: dict[str, Any]) -> None:
     print(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of `xllm top` and the other commands."""
     parser = argparse.ArgumentParser(
         prog="xllm", description="For operators of a cluster, by any master's operator port."
     )
@@ -175,7 +176,9 @@ def _add_cache_actions(
         if name == "pin":
             action.add_argument("--ttl", type=_seconds, default=3600.0, help="seconds")
     clear = actions.add_parser("clear", parents=[common], help="drop a tier, or all")
-    clear.add_argument("--tier", choices=("device", "host", "disk"), help="which; else all")
+    clear.add_argument(
+        "--tier", choices=("device", "host", "disk", "remote"), help="which; else all"
+    )
     _add_workers(clear)
     _add_deadline(clear, _DEADLINE_S)
     clear.set_defaults(run=_command("/admin/cache/clear"), fields=("tier", "workers", "deadline"))

@@ -94,7 +94,7 @@ class RoutingConfig:
 
     max_request_retries: int = 2
     """How many workers may be lost under a request until it is given up."""
-    max_queue_time: float = 4.0
+    max_queue_time: float = 3.0
     """Seconds that a new request may have to wait on the least busy worker."""
     target_ttft: int = 2000
     """Milliseconds to the first token, which SLO_AWARE keeps or refuses."""

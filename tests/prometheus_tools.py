@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import urllib.parse
@@ -12,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.missing import skip_or_fail
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,9 +26,7 @@ def prometheus_folder() -> Path:
     CI=true: there they have to be."""
     folder, reason = _find()
     if folder is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip_or_fail(reason)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from tests.golden.fixtures import load_golden_prompts
 from tests.golden.matrix import CHUNKED, run_prompts
 from tests.golden.tiny_models import prompt_ids
+from tests.missing import skip_or_fail
 from tests.mooncake_pool import MooncakePool, why_not
 from xllm.cache.store_object import key_of
 from xllm.cache.store_process import StoreAddress, StoreAgent
@@ -50,9 +50,7 @@ def needs_store() -> None:
     """Skips where it cannot be had, but not in CI."""
     reason = why_not()
     if reason is not None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip_or_fail(reason)
 
 
 @pytest.fixture(scope="module")

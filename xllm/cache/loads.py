@@ -344,12 +344,11 @@ class Loader:
         """One observation for each tier: what it brought, until its last transfer ended. Peers are
         one, and the store is another."""
         now = self._clock()
-        for tier, is_store in {(r.source.tier, r.source == IN_STORE) for r in ticket._runs}:
-            runs = [
-                run
-                for run in ticket._runs
-                if run.source.tier is tier and (run.source == IN_STORE) is is_store
-            ]
+        by_medium: dict[tuple[TierName, bool], list[_Run]] = {}
+        for run in ticket._runs:
+            medium = (run.source.tier, run.source == IN_STORE)
+            by_medium.setdefault(medium, []).append(run)
+        for (tier, is_store), runs in by_medium.items():
             num_blocks = sum(item.arrived for run in runs for item in run.items)
             ended_at = max(now if run.ended_at is None else run.ended_at for run in runs)
             ticket.spans.append(LoadSpan(tier, ticket.started_at, ended_at, num_blocks))

@@ -210,15 +210,10 @@ class Storer:
 
     def _start_to_host(self) -> None:
         assert self._host is not None
-        blocks: list[BlockToStore] = []
-        while self._to_host and len(blocks) < self._batch:
-            block = self._next(self._to_host)
-            if self._host.table.lookup(block.hash) is not Lookup.MISS:
-                continue
-            if block.block_id is None:
-                self.counters.num_dropped += 1
-            else:
-                blocks.append(block)
+        table = self._host.table
+        blocks = self._take(
+            self._to_host, self._batch, lambda name: table.lookup(name) is not Lookup.MISS
+        )
         if blocks:
             self._transfers.copy_to_host(blocks)
 
@@ -228,15 +223,7 @@ class Storer:
         room = min(self._batch, self._shared.num_free_slots)
         if room == 0:
             return False
-        blocks: list[BlockToStore] = []
-        while self._to_shared and len(blocks) < room:
-            block = self._next(self._to_shared)
-            if self._shared.has(block.hash):
-                continue
-            if block.block_id is None:
-                self.counters.num_dropped += 1
-            else:
-                blocks.append(block)
+        blocks = self._take(self._to_shared, room, self._shared.has)
         if blocks:
             self._transfers.copy_to_shared(blocks)
         return True
@@ -269,6 +256,21 @@ class Storer:
         if on_device:
             self._transfers.copy_to_disk(attachment, on_device)
         return bool(in_host or on_device)
+
+    def _take(
+        self, backlog: Backlog, max_blocks: int, is_there: Callable[[BlockHash], bool]
+    ) -> list[BlockToStore]:
+        """The next ones that are on the device and not stored yet."""
+        blocks: list[BlockToStore] = []
+        while backlog and len(blocks) < max_blocks:
+            block = self._next(backlog)
+            if is_there(block.hash):
+                continue
+            if block.block_id is None:
+                self.counters.num_dropped += 1
+            else:
+                blocks.append(block)
+        return blocks
 
     def _next(self, backlog: Backlog) -> BlockToStore:
         block_hash, parent = backlog.popitem(last=False)

@@ -18,11 +18,9 @@ from xllm.errors import RequestError
 from xllm.roles.api.errors import error_response
 from xllm.roles.api.handlers import CALL, Call, GenerationHandlers
 from xllm.roles.api.prompts import PromptEncoder
-from xllm.roles.api.sse import ClientGone
+from xllm.roles.api.sse import CLIENT_CLOSED_REQUEST, ClientGone
 from xllm.roles.backend import Backend
 from xllm.telemetry import Metrics
-
-_CLIENT_CLOSED_REQUEST = 499
 
 
 class AskPort:
@@ -44,4 +42,4 @@ class AskPort:
         except RequestError as error:
             return error_response(error)
         except ClientGone:
-            return web.Response(status=_CLIENT_CLOSED_REQUEST)
+            return web.Response(status=CLIENT_CLOSED_REQUEST)

@@ -241,8 +241,8 @@ class CostRouting:
         prefixes = [held.get(c.worker_id, _NO_BLOCKS) for c in candidates]
         # Workers of one kind that hold equally much, as most do, take equally long.
         computing: dict[tuple[CostKind, int], tuple[float, float]] = {}
-        all_parts = []
-        for candidate, view, prefix in zip(candidates, views, prefixes, strict=True):
+
+        def parts_of(candidate: Candidate, view: WorkerView, prefix: TierCounts) -> RawParts:
             num_held = 0 if prefix is _NO_BLOCKS else sum(prefix)
             key = (view.kind, num_held)
             both_s = computing.get(key)
@@ -253,21 +253,15 @@ class CostRouting:
                     computing_s(cost, longest * block_size, num_tokens),
                 )
             num_more = candidate.unreported
-            all_parts.append(
-                view.parts(prefix, num_held, both_s, longest, num_blocks, num_more, now)
-            )
+            return view.parts(prefix, num_held, both_s, longest, num_blocks, num_more, now)
+
+        all_parts = list(map(parts_of, candidates, views, prefixes))
         gaps = self._index.store_gaps(hashes)
         for i, view in enumerate(views if gaps is not None else ()):
             assert gaps is not None
             with_store = _with_store(prefixes[i], gaps, num_blocks) if view.has_store else None
             if with_store is not None:
-                num_held, cost = sum(with_store), view.kind.cost
-                both_s = (
-                    computing_s(cost, num_held * block_size, num_tokens),
-                    computing_s(cost, longest * block_size, num_tokens),
-                )
-                num_more = candidates[i].unreported
-                parts = view.parts(with_store, num_held, both_s, longest, num_blocks, num_more, now)
+                parts = parts_of(candidates[i], view, with_store)
                 if cost_s(parts) <= cost_s(all_parts[i]):  # which keeps no peer busy
                     prefixes[i], all_parts[i] = with_store, parts
         sources: list[tuple[float, WorkerId]] = []

@@ -22,7 +22,7 @@ from xllm.config import MasterConfig
 from xllm.errors import Overloaded
 from xllm.protocol import MasterInfo
 from xllm.roles.api.errors import error_response
-from xllm.roles.api.sse import ClientGone, EventStream
+from xllm.roles.api.sse import CLIENT_CLOSED_REQUEST, ClientGone, EventStream
 from xllm.roles.cluster_admin import ClusterAdmin
 from xllm.roles.cluster_backend import ClusterBackend
 from xllm.roles.figures import PERIOD_S as FIGURE_PERIOD_S
@@ -88,7 +88,7 @@ class LivePort:
         try:
             return await self._feed(request)
         except ClientGone:
-            return web.Response(status=499)
+            return web.Response(status=CLIENT_CLOSED_REQUEST)
         finally:
             self._num_viewers -= 1
             if not self._num_viewers:

@@ -23,7 +23,7 @@ from xllm.roles.api.handlers import CALL, Call, GenerationHandlers
 from xllm.roles.api.info import InfoHandlers, json_response
 from xllm.roles.api.openapi import openapi_document
 from xllm.roles.api.prompts import PromptEncoder
-from xllm.roles.api.sse import ClientGone
+from xllm.roles.api.sse import CLIENT_CLOSED_REQUEST, ClientGone
 from xllm.roles.backend import Backend
 from xllm.telemetry import Metrics
 from xllm.tracing import OFF, Span, SpanKind, Tracer, valid_traceparent
@@ -34,8 +34,6 @@ _NUM_ENCODER_THREADS = 2
 _KEEPALIVE_S = 75.0
 _SHUTDOWN_S = 2.0
 _SANE_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a response that nobody will read."""
 
 
 def build_app(
@@ -153,7 +151,7 @@ def _answer_errors(metrics: Metrics, tracer: Tracer) -> Middleware:
             return http_error_response(error, request.method, request.path)
         except ClientGone:
             metrics.client_disconnects.inc()
-            return web.Response(status=_CLIENT_CLOSED_REQUEST)
+            return web.Response(status=CLIENT_CLOSED_REQUEST)
         except asyncio.CancelledError:
             if request.transport is None or request.transport.is_closing():
                 metrics.client_disconnects.inc()

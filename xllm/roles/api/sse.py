@@ -28,6 +28,10 @@ def event(payload: Any) -> bytes:
     return b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a response that nobody will read."""
+
+
 class ClientGone(Exception):
     """Nobody reads the answer any more."""
 

@@ -149,6 +149,11 @@ class Metrics:
         )
         for tier in TIER_NAMES:
             self.request_cached_tokens.labels(tier)
+        self.tokenizer_cached_tokens = Counter(
+            "xllm_tokenizer_cached_tokens_total",
+            "Prompt tokens that were not tokenized, because an earlier prompt had the same text.",
+            registry=registry,
+        )
         self.request_params_n = Histogram(
             "xllm_request_params_n",
             "Samples asked for by each request.",

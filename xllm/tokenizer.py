@@ -134,6 +134,11 @@ class Tokenizer:
         )
 
     @property
+    def added_tokens(self) -> list[tokenizers.AddedToken]:
+        """Tokens that are taken out of a text before the rest of it is encoded."""
+        return list(self._core.get_added_tokens_decoder().values())
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 

@@ -3,6 +3,7 @@
 A real master and a real etcd; the workers answer at once with one token and publish blocks, so that
 each prompt has a prefix that some of them hold. `route_text` sends prompts as text; tokenizing the
 same texts alone is `tokenize`, and what is left is `route_rest`. `route_ids` sends token ids.
+`route_chat` sends chats of as many tokens: the beginning, which others had too, as system message.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import aiohttp
 import psutil
@@ -33,6 +35,9 @@ from xllm.tokenizer import Tokenizer, read_tokenizer_files
 SUMMARY = "CPU time of a master per routed request"
 
 _CONCURRENCY = 4
+
+_Body = dict[str, Any]
+"""Of a request, less what all have."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +86,31 @@ class _Prompts:
         ]
         self._texts = [tokenizer.decode(beginning) for beginning in self.beginnings]
         self._numbers = itertools.count()
+        self.chat_beginnings = [
+            tokenizer.encode(tokenizer.apply_chat_template([_message("system", text)]), False)
+            for text in self._texts
+        ]
 
-    def next(self) -> str:
+    def completion(self) -> _Body:
+        beginning, rest = self._next()
+        return _completion(f"{beginning} {rest}")
+
+    def chat(self) -> _Body:
+        beginning, rest = self._next()
+        return {"messages": [_message("system", beginning), _message("user", rest)]}
+
+    def _next(self) -> tuple[str, str]:
         number = next(self._numbers)
         beginning = self._texts[number % len(self._texts)]
-        return f"{beginning} {number} {self._rests[number % len(self._rests)]}"
+        return beginning, f"{number} {self._rests[number % len(self._rests)]}"
+
+
+def _completion(prompt: str | list[int]) -> _Body:
+    return {"prompt": prompt}
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 async def _measure(
@@ -96,23 +121,28 @@ async def _measure(
     master: Master,
 ) -> list[Row]:
     for number, worker in enumerate(workers):
-        worker.hold(prompts.beginnings[number % 3 :])
-    url = f"{master.http_url}/v1/completions"
+        worker.hold([*prompts.beginnings[number % 3 :], *prompts.chat_beginnings[number % 3 :]])
     process = psutil.Process(master.popen.pid)
     text_s: list[float] = []
     ids_s: list[float] = []
+    chat_s: list[float] = []
     tokenize_s: list[float] = []
     num_tokens = 0
-    async with aiohttp.ClientSession() as session:
-        await _until_ready(session, master.http_url)
-        await _cpu_s(session, process, url, [prompts.next() for _ in range(40)])
+
+    async def per_request_s(bodies: Sequence[_Body]) -> float:
+        return await _cpu_s(session, process, bodies) / len(bodies)
+
+    async with aiohttp.ClientSession(master.http_url) as session:
+        await _until_ready(session)
+        await per_request_s([prompts.completion() for _ in range(40)])
+        await per_request_s([prompts.chat() for _ in range(40)])
         for _ in range(options.rounds):
-            texts = [prompts.next() for _ in range(options.requests)]
-            text_s.append(await _cpu_s(session, process, url, texts) / len(texts))
-            texts = [prompts.next() for _ in range(options.requests)]
+            text_s.append(await per_request_s(_many(prompts.completion, options.requests)))
+            texts = [body["prompt"] for body in _many(prompts.completion, options.requests)]
             encoded, seconds = await asyncio.to_thread(_encode, tokenizer, texts)
             tokenize_s.append(seconds / len(texts))
-            ids_s.append(await _cpu_s(session, process, url, encoded) / len(texts))
+            ids_s.append(await per_request_s([_completion(ids) for ids in encoded]))
+            chat_s.append(await per_request_s(_many(prompts.chat, options.requests)))
             num_tokens = sum(map(len, encoded)) // len(encoded)
     rest_ms = (median(text_s) - median(tokenize_s)) * 1e3
     return [
@@ -121,7 +151,12 @@ async def _measure(
         plain("tokenize", median(tokenize_s) * 1e3, "ms"),
         limited("route_rest", rest_ms, "ms", 0.6),
         plain("route_ids", median(ids_s) * 1e3, "ms"),
+        limited("route_chat", median(chat_s) * 1e3, "ms", 4.0),
     ]
+
+
+def _many(make: Callable[[], _Body], number: int) -> list[_Body]:
+    return [make() for _ in range(number)]
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]], float]:
@@ -131,10 +166,10 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]]
     return encoded, time.thread_time() - before
 
 
-async def _until_ready(session: aiohttp.ClientSession, url: str) -> None:
+async def _until_ready(session: aiohttp.ClientSession) -> None:
     async with asyncio.timeout(30):
         while True:
-            async with session.get(f"{url}/health") as response:
+            async with session.get("/health") as response:
                 if response.status == 200:
                     break
             await asyncio.sleep(0.1)
@@ -143,18 +178,16 @@ async def _until_ready(session: aiohttp.ClientSession, url: str) -> None:
 
 
 async def _cpu_s(
-    session: aiohttp.ClientSession,
-    process: psutil.Process,
-    url: str,
-    prompts: Sequence[str | list[int]],
+    session: aiohttp.ClientSession, process: psutil.Process, bodies: Sequence[_Body]
 ) -> float:
     """CPU time of the master for all of them."""
-    left = iter(prompts)
+    left = iter(bodies)
 
     async def send() -> None:
-        for prompt in left:
-            body = {"model": "m", "prompt": prompt, "max_tokens": 1, "temperature": 0}
-            async with session.post(url, json=body) as response:
+        for body in left:
+            path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+            one = {"model": "m", "max_tokens": 1, "temperature": 0, **body}
+            async with session.post(path, json=one) as response:
                 response.raise_for_status()
                 await response.read()
 

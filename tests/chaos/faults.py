@@ -17,7 +17,7 @@ import aiohttp
 
 from tests.chaos.cluster import LEASE_TTL_S, ChaosCluster, EtcdMember, Master, Worker, metric, until
 from xllm.coordination import EtcdClient, Keys
-from xllm.protocol import WorkerId
+from xllm.protocol import MasterId, WorkerId
 from xllm.roles.leader_word import decode_word
 
 NOTICE_S = 5.0
@@ -157,15 +157,22 @@ class Faults:
     async def freeze_master(self) -> None:
         """Its workers give it up; thawed, it sends what it ran to them again."""
         master = self._cluster.masters[-1]
+        before = metric(master.operator_url, "xllm_lease_epochs_total") or 0
         master.send(signal.SIGSTOP)
         try:
             await asyncio.sleep(LEASE_TTL_S + 2)
         finally:
             master.send(signal.SIGCONT)
+        await until(
+            lambda: (metric(master.operator_url, "xllm_lease_epochs_total") or 0) > before,
+            f"{master.name} has a new lease",
+            within_s=LEASE_TTL_S + NOTICE_S,
+        )
 
     # etcd
 
     async def freeze_etcd_member(self) -> None:
+        await self._until_registered()
         member = self._rng.choice(self._cluster.etcd)
         member.send(signal.SIGSTOP)
         try:
@@ -174,6 +181,7 @@ class Faults:
             member.send(signal.SIGCONT)
 
     async def kill_etcd_member(self) -> None:
+        await self._until_registered()
         member = self._rng.choice(self._cluster.etcd)
         member.kill()
         try:
@@ -271,6 +279,29 @@ class Faults:
         await until(lambda: not worker.is_running, f"{worker.name} ends", within_s=6.0)
         assert worker.process is not None
         assert worker.process.popen.returncode == 0, worker.log
+
+    async def _until_registered(self) -> None:
+        """The fault before this one may have taken leases: a wiped etcd's, say."""
+        client = EtcdClient(self._cluster.etcd_addresses)
+        try:
+            async with asyncio.timeout(LEASE_TTL_S + NOTICE_S):
+                for key, role in self._keys():
+                    while not await self._is_registered(client, key, role):  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+        finally:
+            await client.close()
+
+    @staticmethod
+    async def _is_registered(client: EtcdClient, key: str, role: Worker | Master) -> bool:
+        """Or not running."""
+        connected = await asyncio.to_thread(metric, role.operator_url, "xllm_etcd_connected")
+        return not role.is_running or (connected == 1 and await client.get(key) is not None)
+
+    def _keys(self) -> list[tuple[str, Worker | Master]]:
+        """Under which each role is registered."""
+        workers = [(KEYS.worker(WorkerId(w.worker_id)), w) for w in self._cluster.workers]
+        masters = [(KEYS.master(MasterId(m.master_id)), m) for m in self._cluster.masters]
+        return [*workers, *masters]
 
     async def _stays_whole(self, seconds: float) -> None:
         """Nobody may lose a lease, and no worker may be doubted for want of one."""

@@ -187,6 +187,29 @@ async def test_arguments_that_are_too_deep_are_refused_by_name() -> None:
     assert caught.value.param == "messages[0].tool_calls[0].function.arguments"
 
 
+async def test_a_chat_is_not_tokenized_again_for_the_same_tenant() -> None:
+    known: list[int] = []
+    tokenizer = tiny_tokenizer()
+    long = "What was said before. " * 40
+    first = chat(messages=[{"role": "user", "content": long}])
+    turns = [
+        {"role": "user", "content": long},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "And then?"},
+    ]
+    second = chat(messages=turns)
+    with ThreadPoolExecutor(1) as executor:
+        encoder = PromptEncoder(executor, known.append)
+        await encoder.chat(first, tokenizer, "one")
+        assert not known
+        prompt = await encoder.chat(second, tokenizer, "two")
+        assert not known
+        assert await encoder.chat(second, tokenizer, "one") == prompt
+        assert known[0] >= len(tokenizer.encode(long, add_special_tokens=False))
+        assert await encoder.chat(second, tokenizer) == prompt, "without a tenant, nothing is kept"
+        assert len(known) == 1
+
+
 def test_defaults_come_from_the_model_and_yield_to_the_request() -> None:
     defaults = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.1)
     params = sampling(completion(), defaults=defaults)

@@ -72,7 +72,7 @@ def build_app(
             response.headers[hdrs.CONNECTION] = "close"  # which aiohttp has decided by now
 
     app.on_response_prepare.append(close_connection)
-    encoder = PromptEncoder(executor)
+    encoder = PromptEncoder(executor, metrics.tokenizer_cached_tokens.inc)
     generate = GenerationHandlers(backend, encoder, config, metrics)
     info = InfoHandlers(backend, encoder, config.max_body_size, is_leaving)
     document = openapi_document()

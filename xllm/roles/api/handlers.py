@@ -82,7 +82,7 @@ class GenerationHandlers:
         new_format: NewFormat,
         response_id: str,
     ) -> web.StreamResponse:
-        prompt = await self._encoder.chat(body, tokenizer)
+        prompt = await self._encoder.chat(body, tokenizer, _salt(request, body.cache_salt))
         num_chars = _MANY_CHARS if body.wants_form or body.tools else 0
         plan = await self._encoder.run(
             lambda: plan_reading(body, prompt, tokenizer, self._config), num_chars
@@ -112,7 +112,7 @@ class GenerationHandlers:
     async def count_tokens(self, request: web.Request) -> web.StreamResponse:
         chat = validate(CountTokensRequest, await self._read(request)).as_chat()
         _, tokenizer = await self._model(chat)
-        prompt = await self._encoder.chat(chat, tokenizer)
+        prompt = await self._encoder.chat(chat, tokenizer, _salt(request, chat.cache_salt))
         return json_response({"input_tokens": len(prompt.token_ids)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -169,7 +169,8 @@ class GenerationHandlers:
         with_logprobs = body.num_logprobs is not None
         job = Job(
             requests=_generate_requests(
-                *(body, card, tokenizer, prompts, response_id, caller),
+                *(body, card, tokenizer, prompts, response_id),
+                salt=_salt(request, body.cache_salt),
                 grammar=plan.grammar,
                 traceparent=call.span.traceparent,
             ),
@@ -206,14 +207,20 @@ class GenerationHandlers:
             return await respond_whole(job, generations, self._metrics)
 
 
+def _salt(request: web.Request, request_salt: str | None) -> str:
+    """Of the tenant."""
+    caller: Caller = request.get(CALLER, ANYBODY)
+    return caller.salt(request_salt or "")
+
+
 def _generate_requests(
     body: GenerationRequest,
     card: ModelCard,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     response_id: str,
-    caller: Caller,
     *,
+    salt: str,
     grammar: str,
     traceparent: str,
 ) -> list[GenerateRequest]:
@@ -233,7 +240,7 @@ def _generate_requests(
                 grammar=grammar,
             ),
             n=body.n or 1,
-            salt=caller.salt(body.cache_salt or ""),
+            salt=salt,
             priority=body.priority or 0,
             traceparent=traceparent,
         )

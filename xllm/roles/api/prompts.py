@@ -12,12 +12,14 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from xllm.errors import InvalidRequest
 from xllm.protocol import ModelCard
 from xllm.roles.api.requests import MAX_SAMPLES, ChatRequest, CompletionRequest, Message, ToolCall
 from xllm.roles.api.sampling import check_vocabulary
 from xllm.roles.api.tool_prompt import spell_out_tools
+from xllm.token_cache import TokenCache
 from xllm.tokenizer import Tokenizer
 
 _LONG_TEXT_CHARS = 1000
@@ -36,13 +38,26 @@ class Prompt:
 class PromptEncoder:
     """Encodes prompts, on `executor` where it takes long."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(
+        self, executor: Executor, on_known: Callable[[int], None] = lambda num_tokens: None
+    ) -> None:
+        """`on_known` is told how many tokens of a prompt an earlier one had."""
         self._executor = executor
+        self._on_known = on_known
+        self._caches: WeakKeyDictionary[Tokenizer, TokenCache] = WeakKeyDictionary()
 
     async def chat(
-        self, request: ChatRequest, tokenizer: Tokenizer, *, add_special_tokens: bool = False
+        self,
+        request: ChatRequest,
+        tokenizer: Tokenizer,
+        salt: str | None = None,
+        *,
+        add_special_tokens: bool = False,
     ) -> Prompt:
-        """Raises: InvalidRequest if the template refuses the messages, or nothing is left."""
+        """With a `salt`, what its tenant has sent before is not tokenized again.
+
+        Raises: InvalidRequest if the template refuses the messages, or nothing is left.
+        """
         messages = [_template_message(i, message) for i, message in enumerate(request.messages)]
         goes_on = bool(request.continue_final_message)
         if goes_on and request.add_generation_prompt:
@@ -60,14 +75,21 @@ class PromptEncoder:
             variables["tools"] = tools
         variables |= request.chat_template_kwargs or {}
 
-        def encode() -> Prompt:
+        cache = None if salt is None or add_special_tokens else self._cache(tokenizer)
+
+        def encode() -> tuple[Prompt, int]:
             text = tokenizer.apply_chat_template(messages, **variables)
             if goes_on:
                 text = _up_to_end_of(messages[-1]["content"], text)
-            return Prompt(tokenizer.encode(text, add_special_tokens), text)
+            if cache is None or salt is None:
+                return Prompt(tokenizer.encode(text, add_special_tokens), text), 0
+            token_ids, num_known = cache.encode(text, salt)
+            return Prompt(token_ids, text), num_known
 
         num_chars = sum(len(message["content"]) for message in messages) + len(str(tools))
-        prompt = await self.run(encode, num_chars)
+        prompt, num_known = await self.run(encode, num_chars)
+        if num_known:
+            self._on_known(num_known)
         if not prompt.token_ids:
             raise InvalidRequest("the conversation renders to an empty prompt", param="messages")
         return prompt
@@ -120,6 +142,12 @@ class PromptEncoder:
             return tokenizer.decode(token_ids, skip_special_tokens=False)
 
         return await self.run(decode, len(token_ids))
+
+    def _cache(self, tokenizer: Tokenizer) -> TokenCache:
+        cache = self._caches.get(tokenizer)
+        if cache is None:
+            cache = self._caches[tokenizer] = TokenCache(tokenizer)
+        return cache
 
     async def run(self, work: Callable[[], T], num_chars: int) -> T:
         """Does something that takes about as long as encoding so many characters."""

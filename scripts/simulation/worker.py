@@ -99,6 +99,12 @@ class TierCache:
                 all_evicted.append(evicted)
         return all_evicted
 
+    def lend(self, blocks: Iterable[int]) -> None:
+        """Somebody else has them now, too: they are the next to go unless they are used again."""
+        for block in blocks:
+            if block in self.used_at:
+                self.used_at.move_to_end(block, last=False)
+
     def eviction_age_s(self, now: float) -> float | None:
         if len(self.used_at) < self.num_blocks:
             return None
@@ -170,10 +176,19 @@ class SimulatedWorker:
         blocks = running.arrival.hashes[::-1]
         device, *below = self._caches
         device.use(blocks, now)
+        if running.source is not None and running.num_fetched:
+            start = sum(running.prefix)
+            fetched = running.arrival.hashes[start : start + running.num_fetched]
+            running.source.lend(fetched)
         if below:
             demoted = below[0].use(blocks, now)
             if len(below) > 1:
                 below[1].use(demoted, now)
+
+    def lend(self, blocks: Sequence[int]) -> None:
+        """They were sent to a peer: from host memory where there is any, which keeps them."""
+        if len(self._caches) == 1:
+            self._caches[0].lend(blocks)
 
     def decode_s(self, num_output: int) -> float:
         """From the first token to the last, as busy as it is now."""

@@ -13,6 +13,14 @@ def name(i: int) -> BlockHash:
     return BlockHash(sha256(str(i).encode()).digest()[:16])
 
 
+def cached_chain(pool: BlockPool, first: int, count: int) -> list[int]:
+    block_ids = pool.allocate(count) or []
+    for i, block_id in enumerate(block_ids):
+        pool.commit(block_id, name(first + i))
+    pool.release(block_ids)
+    return block_ids
+
+
 def test_allocate_all_or_nothing() -> None:
     pool = BlockPool(4)
     assert pool.allocate(5) is None
@@ -80,6 +88,41 @@ def test_a_cached_block_that_is_used_again_is_not_evicted() -> None:
     assert pool.lookup(name(0)) == first
 
 
+def test_what_a_peer_has_too_goes_first_tail_before_head() -> None:
+    pool = BlockPool(6)
+    old, lent = cached_chain(pool, 0, 2), cached_chain(pool, 2, 2)
+    for block_id in lent:
+        pool.acquire([block_id])
+        pool.release([block_id], has_peer=True)
+    pool.check_invariants()
+    assert pool.coldest(6) == [name(3), name(2), name(1), name(0)]
+    assert pool.allocate(3) is not None, "two are free"
+    assert [pool.lookup(name(i)) for i in range(4)] == [*old, lent[0], None]
+    pool.check_invariants()
+
+
+def test_what_a_peer_has_too_is_like_others_once_it_is_used_here() -> None:
+    pool = BlockPool(4)
+    lent, young = cached_chain(pool, 0, 2), cached_chain(pool, 2, 2)
+    pool.acquire(lent)
+    pool.release(lent, has_peer=True)
+    pool.acquire(lent)
+    pool.release(lent)
+    assert pool.allocate(2) is not None
+    assert [pool.lookup(name(i)) for i in range(4)] == [*lent, None, None]
+    assert not set(lent) & set(young)
+
+
+def test_names_that_are_forgotten_are_forgotten_of_lent_blocks_too() -> None:
+    pool = BlockPool(2)
+    lent = cached_chain(pool, 0, 1)
+    pool.acquire(lent)
+    pool.release(lent, has_peer=True)
+    assert pool.clear() == 1
+    pool.check_invariants()
+    assert len(pool.allocate(2) or []) == 2
+
+
 def test_clear_forgets_names_but_keeps_used_blocks() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(2)
@@ -139,9 +182,10 @@ class PoolMachine(RuleBasedStateMachine):
             self.held.append([block_id])
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        self.pool.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+    @rule(data=st.data(), has_peer=st.booleans())
+    def release(self, data: st.DataObject, has_peer: bool) -> None:
+        chain = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.pool.release(chain, has_peer=has_peer)
 
     @rule(ids=st.lists(st.integers(0, 20), max_size=3))
     def hold(self, ids: list[int]) -> None:

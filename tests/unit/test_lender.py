@@ -123,6 +123,22 @@ def contents(loan: Loan) -> list[bytes | None]:
     return [None if block is None else bytes(block.payload) for block in loan.blocks]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("arrived", [False, True])
+def test_what_a_peer_has_now_is_the_next_to_go_if_it_got_there(arrived: bool) -> None:
+    rig = Rig(num_blocks=6)
+    rig.compute([1, 2, 3])
+    rig.compute([4, 5, 6])
+    for i in (4, 5, 6):
+        loan = rig.lend([i])
+        if arrived:
+            rig.send(loan)
+            loan.num_sent[TierName.DEVICE] = 1
+        rig.lender.end(loan)
+    rig.compute([7])
+    gone = [i for i in range(1, 7) if rig.pool.lookup(name(i)) is None]
+    assert gone == [6 if arrived else 3]
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_histories_send_what_was_lent(seed: int) -> None:
     rng = random.Random(seed)

@@ -12,6 +12,8 @@ Rules:
  3. The free queue is evicted from its head. Unnamed blocks join at the head, cached ones at the
     tail, and the blocks of one sequence join last block first: the tail of a chain goes before its
     head, since a head without its tail is useful and a tail without its head is not.
+ 4. What a peer was given goes before the other cached blocks: the cluster has it twice. A request
+    that uses it here makes it a block like others.
 
 Pure bookkeeping: no bytes move here, and nothing waits.
 """
@@ -23,7 +25,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple, Protocol
 
 from xllm.protocol import BlockHash
@@ -85,6 +87,9 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._lent: OrderedDict[int, None] = OrderedDict()
+        """The part of the free queue that rule 4 is about: after the unnamed blocks, before the
+        others."""
         self._by_hash: dict[BlockHash, int] = {}
         self._held: set[BlockHash] = set()
         self._events: list[BlockEvent] = []
@@ -94,7 +99,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can hand out, cached ones included."""
-        return len(self._free)
+        return len(self._free) + len(self._lent)
 
     def lookup(self, block_hash: BlockHash) -> int | None:
         """The block that bears this name; valid until the next `allocate`, unless acquired."""
@@ -111,7 +116,10 @@ class BlockPool:
         for block_id in block_ids:
             if self._ref_counts[block_id] == 0:
                 assert self._hashes[block_id] is not None, "a free block is not acquired by id"
-                del self._free[block_id]
+                if block_id in self._lent:
+                    del self._lent[block_id]
+                else:
+                    del self._free[block_id]
                 self._num_cached -= 1
             self._ref_counts[block_id] += 1
 
@@ -128,28 +136,37 @@ class BlockPool:
 
         Evicts cached blocks, the least recently used first.
         """
-        if num_blocks > len(self._free):
+        if num_blocks > self.num_free:
             return None
         block_ids = []
         for _ in range(num_blocks):
-            block_id, _ = self._free.popitem(last=False)
+            block_id = self._next_free()
             self._drop_name(block_id)
             self._ref_counts[block_id] = 1
             block_ids.append(block_id)
         return block_ids
 
-    def release(self, block_ids: Sequence[int]) -> None:
-        """Gives one reference back for each block of a sequence, in the sequence's order."""
+    def release(self, block_ids: Sequence[int], *, has_peer: bool = False) -> None:
+        """Gives one reference back for each block of a sequence, in the sequence's order.
+
+        `has_peer`: the reference was for giving them to a peer, which has them now.
+        """
         for block_id in reversed(block_ids):
             count = self._ref_counts[block_id] - 1
             assert count >= 0, "released more often than acquired"
             self._ref_counts[block_id] = count
-            if count == 0:
+            if count > 0:
+                continue
+            if self._hashes[block_id] is None:
                 self._free[block_id] = None
-                if self._hashes[block_id] is None:
-                    self._free.move_to_end(block_id, last=False)
-                else:
-                    self._num_cached += 1
+                self._free.move_to_end(block_id, last=False)
+                continue
+            self._num_cached += 1
+            if has_peer:  # block after block, as they were sent: the tail is to go first
+                self._lent[block_id] = None
+                self._lent.move_to_end(block_id, last=False)
+            else:
+                self._free[block_id] = None
 
     def hold(self, names: Iterable[BlockHash]) -> None:
         """Keeps these blocks, whenever they are here, by a reference until `unhold`."""
@@ -192,6 +209,8 @@ class BlockPool:
         for block_id in self._by_hash.values():
             self._hashes[block_id] = None
         self._by_hash.clear()
+        self._free.update(self._lent)
+        self._lent.clear()
         self._num_cached = 0
         self.release(held)
         self._events = [BlockEvent(BlockEventKind.CLEARED)]
@@ -199,17 +218,18 @@ class BlockPool:
 
     def coldest(self, limit: int) -> list[BlockHash]:
         """Names of up to `limit` cached blocks, in the order in which they would be evicted."""
-        names = (self._hashes[block_id] for block_id in self._free)
+        names = (self._hashes[block_id] for block_id in chain(self._lent, self._free))
         return list(islice((name for name in names if name is not None), limit))
 
     def next_victim_used_at(self) -> float | None:
         """When the block was last used that the next one will displace; None: there is room.
 
-        Where nothing can be displaced, because all blocks are in use, that is now.
+        Where nothing can be displaced, because all blocks are in use, that is now. What peers have
+        is not asked while there is anything else, since it is hardly missed.
         """
-        if not self._free:
+        if not self.num_free:
             return self._clock()
-        block_id = next(iter(self._free))
+        block_id = next(iter(self._free or self._lent))
         return None if self._hashes[block_id] is None else self._used_at[block_id]
 
     def take_events(self) -> list[BlockEvent]:
@@ -220,7 +240,7 @@ class BlockPool:
     def statistics(self) -> PoolStatistics:
         return PoolStatistics(
             num_blocks=self.num_blocks,
-            num_used=self.num_blocks - len(self._free),
+            num_used=self.num_blocks - self.num_free,
             num_cached=self._num_cached,
             num_evictions=self._num_evictions,
         )
@@ -229,16 +249,25 @@ class BlockPool:
         """Re-derives everything from scratch; tests call it after each operation."""
         for block_id in range(self.num_blocks):
             assert self._ref_counts[block_id] >= 0
-            assert (self._ref_counts[block_id] == 0) == (block_id in self._free)
+            assert (block_id in self._free) + (block_id in self._lent) == (
+                self._ref_counts[block_id] == 0
+            )
         named = {h: b for b, h in enumerate(self._hashes) if h is not None}
         assert named == self._by_hash
         assert len(named) == sum(h is not None for h in self._hashes)
-        assert self._num_cached == sum(b in self._free for b in named.values())
+        assert self._num_cached == sum(self._ref_counts[b] == 0 for b in named.values())
+        assert all(self._hashes[block_id] is not None for block_id in self._lent)
 
     def check_references(self, expected: dict[int, int]) -> None:
         """`expected`: references by block as their owners count them; absent is none."""
         for block_id, count in enumerate(self._ref_counts):
             assert count == expected.get(block_id, 0), f"block {block_id}: {count} references"
+
+    def _next_free(self) -> int:
+        """Takes a block out of the free queue."""
+        if self._lent and not (self._free and self._hashes[next(iter(self._free))] is None):
+            return self._lent.popitem(last=False)[0]
+        return self._free.popitem(last=False)[0]
 
     def _drop_name(self, block_id: int) -> None:
         block_hash = self._hashes[block_id]

@@ -109,9 +109,10 @@ class Lender:
         self._loans.remove(loan)
         for tier, num_sent in loan.num_sent.items():
             self.counters.served[tier] += num_sent
+        was_sent = bool(loan.num_sent.get(TierName.DEVICE))
         for block in loan.blocks:
             if block is not None:
-                self._unpin(block, loan.attachment)
+                self._unpin(block, loan.attachment, was_sent)
         if loan.attachment is not None:
             loan.attachment.end_transfer()
             if loan.error is not None:
@@ -164,11 +165,11 @@ class Lender:
                 return LentBlock(block_hash, TierName.DISK, stored.slot, None, stored.checksum)
         return None
 
-    def _unpin(self, block: LentBlock, attachment: Attachment | None) -> None:
+    def _unpin(self, block: LentBlock, attachment: Attachment | None, was_sent: bool) -> None:
         if block.tier is TierName.DEVICE:
             if block.checksum is not None and self._pool.hash_of(block.slot) == block.hash:
                 self._checksums[block.slot] = block.checksum
-            self._pool.release([block.slot])
+            self._pool.release([block.slot], has_peer=was_sent)
         elif block.tier is TierName.HOST:
             assert self._host is not None
             self._host.table.complete_load(block.slot)

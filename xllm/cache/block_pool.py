@@ -224,12 +224,14 @@ class BlockPool:
     def next_victim_used_at(self) -> float | None:
         """When the block was last used that the next one will displace; None: there is room.
 
-        Where nothing can be displaced, because all blocks are in use, that is now. What peers have
-        is not asked while there is anything else, since it is hardly missed.
+        Where nothing can be displaced, because all blocks are in use, that is now. What a peer has,
+        too, is room.
         """
-        if not self.num_free:
+        if self._lent:
+            return None
+        if not self._free:
             return self._clock()
-        block_id = next(iter(self._free or self._lent))
+        block_id = next(iter(self._free))
         return None if self._hashes[block_id] is None else self._used_at[block_id]
 
     def take_events(self) -> list[BlockEvent]:

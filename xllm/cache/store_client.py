@@ -119,6 +119,9 @@ class StoreClient:
         )
         self._lock = threading.Lock()
         """Of the states of jobs."""
+        self._getting = threading.Lock()
+        """One lane gets while the other copies: Mooncake's client over TCP moves 1.6 GB/s in one get
+        and 0.9 in two at once."""
         self._agent: StoreAgent | None = None
         self._trouble: StoreUnavailable | None = None
         self._has_trouble = threading.Event()
@@ -193,7 +196,7 @@ class StoreClient:
         try:
             if agent is None or not self.is_attached:
                 raise StoreUnavailable("the store is detached")
-            job.run(self, lambda request: agent.call(lane, request, CALL_TIMEOUT_S), slots)
+            job.run(self, lambda request: self._call(agent, lane, request), slots)
         except StoreUnavailable as error:
             if agent is not None and agent is self._agent:
                 self._trouble = error
@@ -203,6 +206,10 @@ class StoreClient:
             logger.exception("store_job_failed")
             return error
         return None
+
+    def _call(self, agent: StoreAgent, lane: int, request: Request) -> list[int]:
+        with self._getting if request.op is Op.GET else contextlib.nullcontext():
+            return agent.call(lane, request, CALL_TIMEOUT_S)
 
     # ---- "store-attach" thread ----
 

@@ -14,7 +14,8 @@ import pytest
 from xllm.main import EXIT_CONFIG, EXIT_ERROR, EXIT_ETCD, EXIT_OK
 
 _PROGRAM = """
-import asyncio, ctypes, subprocess, sys, threading, time
+import asyncio, ctypes, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 import xllm.main
 from xllm.errors import ConfigError, EtcdUnavailable
 

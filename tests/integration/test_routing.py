@@ -112,7 +112,12 @@ async def test_a_holder_that_is_busy_is_fetched_from(
     b.hold(PROMPT[: 2 * BLOCK])
     a.hold(PROMPT)
     await until(lambda: num_held(master, a) == 10 and num_held(master, b) == 2)
-    await until(lambda: master.backend.explain(request("e"))[0]["worker_id"] == "b")
+
+    def is_to_fetch() -> bool:
+        first = master.backend.explain(request("e"))[0]
+        return first["worker_id"] == "b" and first["fetch"] is not None
+
+    await until(is_to_fetch)
     generation = master.backend.generate(request("r"))
     await until(lambda: bool(b.engine.running))
     (fetch,) = b.engine.running[0].request.fetch

@@ -285,23 +285,28 @@ class Faults:
         client = EtcdClient(self._cluster.etcd_addresses)
         try:
             async with asyncio.timeout(LEASE_TTL_S + NOTICE_S):
-                for key, role in self._keys():
-                    while not await self._is_registered(client, key, role):  # noqa: ASYNC110
+                for key, role, launched_at in self._keys():
+                    while (  # noqa: ASYNC110
+                        role.is_running
+                        and role.launched_at == launched_at  # else it was killed meanwhile
+                        and not await self._is_registered(client, key, role)
+                    ):
                         await asyncio.sleep(0.05)
         finally:
             await client.close()
 
     @staticmethod
     async def _is_registered(client: EtcdClient, key: str, role: Worker | Master) -> bool:
-        """Or not running."""
         connected = await asyncio.to_thread(metric, role.operator_url, "xllm_etcd_connected")
-        return not role.is_running or (connected == 1 and await client.get(key) is not None)
+        return connected == 1 and await client.get(key) is not None
 
-    def _keys(self) -> list[tuple[str, Worker | Master]]:
-        """Under which each role is registered."""
-        workers = [(KEYS.worker(WorkerId(w.worker_id)), w) for w in self._cluster.workers]
-        masters = [(KEYS.master(MasterId(m.master_id)), m) for m in self._cluster.masters]
-        return [*workers, *masters]
+    def _keys(self) -> list[tuple[str, Worker | Master, float]]:
+        """Under which each role is registered, and since when it runs."""
+        roles: list[tuple[str, Worker | Master]] = [
+            *((KEYS.worker(WorkerId(w.worker_id)), w) for w in self._cluster.workers),
+            *((KEYS.master(MasterId(m.master_id)), m) for m in self._cluster.masters),
+        ]
+        return [(key, role, role.launched_at) for key, role in roles]
 
     async def _stays_whole(self, seconds: float) -> None:
         """Nobody may lose a lease, and no worker may be doubted for want of one."""

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import sha256
 from threading import Lock
+from weakref import ref
 
 from tokenizers import AddedToken
 
@@ -31,10 +32,13 @@ _ENTRY_BYTES = 200
 
 
 class TokenCache:
-    """The last sections that one tokenizer has encoded. Any thread."""
+    """The last sections that one tokenizer has encoded. Any thread.
+
+    It does not keep the tokenizer, so that it can be kept by it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, max_bytes: int = MAX_BYTES) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = ref(tokenizer)
         self._cut = _cut_pattern(tokenizer.added_tokens)
         self._max_bytes = max_bytes
         self._num_bytes = 0
@@ -47,9 +51,11 @@ class TokenCache:
 
         `salt` names the tenant: how long this takes shows nobody what others have sent.
         """
+        tokenizer = self._tokenizer()
+        assert tokenizer is not None, "whoever encodes has it"
         sections = self._sections(text)
         if len(sections) == 1:
-            return self._tokenizer.encode(text, add_special_tokens=False), 0
+            return tokenizer.encode(text, add_special_tokens=False), 0
         ids: list[int] = []
         num_known = 0
         for section in sections:
@@ -62,7 +68,7 @@ class TokenCache:
                 ids += known
                 num_known += len(known)
             else:
-                encoded = self._tokenizer.encode(section, add_special_tokens=False)
+                encoded = tokenizer.encode(section, add_special_tokens=False)
                 ids += encoded
                 self._keep(key, encoded)
         return ids, num_known

@@ -80,7 +80,7 @@ class Faults:
     async def lose_lease(self) -> None:
         """Revoked by hand, as after a pause or a jump of the clock."""
         worker = self._any_worker()
-        before = metric(worker.operator_url, "xllm_lease_epochs_total") or 0
+        before = _num_leases(worker)
         client = EtcdClient(self._cluster.etcd_addresses)
         key = KEYS.worker(WorkerId(worker.worker_id))
         try:
@@ -90,11 +90,7 @@ class Faults:
             await client.revoke(registered.lease, timeout_s=5)
         finally:
             await client.close()
-        await until(
-            lambda: (metric(worker.operator_url, "xllm_lease_epochs_total") or 0) > before,
-            f"{worker.name} has a new lease",
-            within_s=LEASE_TTL_S + NOTICE_S,
-        )
+        await self._until_new_lease(worker, before)
 
     async def split(self) -> None:
         """One master and one worker do not hear each other; everybody else does."""
@@ -157,17 +153,13 @@ class Faults:
     async def freeze_master(self) -> None:
         """Its workers give it up; thawed, it sends what it ran to them again."""
         master = self._cluster.masters[-1]
-        before = metric(master.operator_url, "xllm_lease_epochs_total") or 0
+        before = _num_leases(master)
         master.send(signal.SIGSTOP)
         try:
             await asyncio.sleep(LEASE_TTL_S + 2)
         finally:
             master.send(signal.SIGCONT)
-        await until(
-            lambda: (metric(master.operator_url, "xllm_lease_epochs_total") or 0) > before,
-            f"{master.name} has a new lease",
-            within_s=LEASE_TTL_S + NOTICE_S,
-        )
+        await self._until_new_lease(master, before)
 
     # etcd
 
@@ -280,6 +272,13 @@ class Faults:
         assert worker.process is not None
         assert worker.process.popen.returncode == 0, worker.log
 
+    async def _until_new_lease(self, role: Worker | Master, before: float) -> None:
+        await until(
+            lambda: _num_leases(role) > before,
+            f"{role.name} has a new lease",
+            within_s=LEASE_TTL_S + NOTICE_S,
+        )
+
     async def _until_registered(self) -> None:
         """The fault before this one may have taken leases: a wiped etcd's, say."""
         client = EtcdClient(self._cluster.etcd_addresses)
@@ -322,3 +321,8 @@ class Faults:
             if leases:
                 now = metric(role.operator_url, "xllm_lease_epochs_total")
                 assert now == leases, f"{role.name} lost its lease"
+
+
+def _num_leases(role: Worker | Master) -> float:
+    """It has had so far; none while it does not answer."""
+    return metric(role.operator_url, "xllm_lease_epochs_total") or 0

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+from weakref import WeakKeyDictionary
+
 import pytest
 import tokenizers
 from hypothesis import given
@@ -114,6 +117,15 @@ def test_memory_is_bounded_and_what_is_used_stays() -> None:
         cache.encode(turn("system", f"{i} {LONG}") + turn("user", LONG), "")
         assert cache.num_bytes <= 20_000
         assert cache.encode(kept, "")[1] > 0
+
+
+def test_a_tokenizer_goes_with_its_model() -> None:
+    tokenizer = with_first_space()
+    caches = WeakKeyDictionary({tokenizer: TokenCache(tokenizer)})
+    assert len(caches) == 1
+    del tokenizer
+    gc.collect()
+    assert not caches
 
 
 def test_what_does_not_fit_at_all_is_not_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from tests.golden.matrix import CHUNKED, run_prompts
 from tests.golden.tiny_models import prompt_ids
 from tests.missing import skip_or_fail
 from tests.mooncake_pool import MooncakePool, why_not
+from xllm.cache.store_client import GET_NICENESS
 from xllm.cache.store_object import key_of
 from xllm.cache.store_process import StoreAddress, StoreAgent
 from xllm.cache.store_tier import StoreTier
+from xllm.cache.threads import LOWEST_PRIORITY
 from xllm.cache.tier import TierName
 from xllm.config import EngineConfig
 from xllm.engine.engine import Engine
@@ -306,6 +309,23 @@ async def test_an_agent_that_is_killed_comes_back(pool: MooncakePool, tiny_llama
         await worker.until(lambda: worker.agent not in (None, agent) and worker.store.is_attached)
         await worker.clear_device()
         assert await worker.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
+
+
+async def test_who_polls_for_the_end_of_a_get_steps_back(
+    pool: MooncakePool, tiny_llama: Path
+) -> None:
+    async with working(tiny_llama, pool.store) as worker:
+        await worker.attached()
+        assert worker.agent is not None
+        tasks = Path(f"/proc/{worker.agent._process.pid}/task")
+
+        def niceness() -> list[int]:
+            threads = [int(task.name) for task in tasks.iterdir()]
+            return sorted(os.getpriority(os.PRIO_PROCESS, thread) for thread in threads)
+
+        mine = os.getpriority(os.PRIO_PROCESS, 0)
+        lanes = [mine, GET_NICENESS, GET_NICENESS, LOWEST_PRIORITY]
+        await worker.until(lambda: niceness()[-4:] == lanes)
 
 
 async def test_a_store_that_cannot_be_had_is_a_miss(

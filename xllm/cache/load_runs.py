@@ -26,13 +26,17 @@ from xllm.tracing import NO_SPAN, SpanKind
 
 OnEnd = Callable[[Transfer], None]
 
+TRANSFER_BYTES = 4 << 20
+"""Of one transfer: large enough for the disk and for what a transfer costs, small enough that a few
+threads share a prompt evenly."""
+
 
 class LoadRun(Protocol):
     """One transfer, from pinning its blocks to unpinning them."""
 
     @property
-    def is_full(self) -> bool:
-        """It takes no more blocks for a reason of its own."""
+    def max_blocks(self) -> int:
+        """At least one."""
         ...
 
     def try_add(self, block_hash: BlockHash) -> bool:
@@ -60,8 +64,6 @@ class LoadRun(Protocol):
 class LocalRun:
     """From the host or the disk tier."""
 
-    is_full = False
-
     def __init__(
         self,
         device: DeviceBlocks,
@@ -80,6 +82,10 @@ class LocalRun:
         self._stored: list[StoredBlock] = []
         self._sound: list[bool] = []
         self._is_begun = False
+
+    @property
+    def max_blocks(self) -> int:
+        return _blocks_of(self._device.block_bytes)
 
     def try_add(self, block_hash: BlockHash) -> bool:
         stored = self._table.prepare_load(block_hash)
@@ -148,8 +154,8 @@ class PeerRun:
         self._fetch: PeerFetch | None = None
 
     @property
-    def is_full(self) -> bool:
-        return len(self._hashes) == MAX_FETCH_BLOCKS
+    def max_blocks(self) -> int:
+        return min(_blocks_of(self._client.layout.block_bytes), MAX_FETCH_BLOCKS)
 
     def try_add(self, block_hash: BlockHash) -> bool:
         self._hashes.append(block_hash)
@@ -194,3 +200,8 @@ class PeerRun:
     def abandon(self) -> None:
         """Nothing is held here."""
         self._span.end(error="taken back before it was sent")
+
+
+def _blocks_of(block_bytes: int) -> int:
+    """In a transfer."""
+    return max(1, TRANSFER_BYTES // block_bytes)

@@ -33,10 +33,6 @@ from xllm.cache.store_tier import StoreTier
 from xllm.cache.tier import LOWER_TIERS, TierName
 from xllm.protocol import BlockHash
 
-TRANSFER_BYTES = 4 << 20
-"""Of one transfer: large enough for the disk and for what a transfer costs, small enough that a few
-threads share a prompt evenly."""
-
 
 class BlockSource(NamedTuple):
     """Where a block is loaded from."""
@@ -258,15 +254,13 @@ class Loader:
         assert num_running <= self._num_running
 
     def _pin(self, ticket: LoadTicket) -> None:
-        """Cuts the ticket into runs: neighbours from one tier, of about TRANSFER_BYTES."""
-        max_blocks = max(1, TRANSFER_BYTES // self._device.block_bytes)
+        """Cuts the ticket into runs: neighbours from one tier."""
         run: _Run | None = None
         for i, item in enumerate(ticket._items):
             is_open = (
                 run is not None
                 and run.source == item.source
-                and i - run.start < max_blocks
-                and not run.blocks.is_full
+                and i - run.start < run.blocks.max_blocks
             )
             if not is_open or run is None:
                 blocks = self._open_run(item.source, ticket.trace)

@@ -54,10 +54,8 @@ def main() -> None:
     except Exception as error:
         send(control, Attached(f"{type(error).__name__}: {error}"))
         os._exit(1)
-    for index, lane in enumerate(lanes):
-        threading.Thread(
-            target=_serve, args=(store, lane, index in config.background_lanes), daemon=True
-        ).start()
+    for lane, niceness in zip(lanes, config.lane_niceness, strict=True):
+        threading.Thread(target=_serve, args=(store, lane, niceness), daemon=True).start()
     send(control, Attached())
     with contextlib.suppress(OSError):
         while control.recv(1):
@@ -65,9 +63,8 @@ def main() -> None:
     store.leave()
 
 
-def _serve(store: _Store, lane: socket.socket, is_background: bool) -> None:
-    if is_background:
-        lower_priority()
+def _serve(store: _Store, lane: socket.socket, niceness: int) -> None:
+    lower_priority(niceness)
     with contextlib.suppress(OSError):
         while True:
             request = receive(lane, Request)

@@ -52,11 +52,11 @@ class StoreAgent:
         address: StoreAddress,
         memory_fd: int,
         memory_bytes: int,
-        num_lanes: int,
-        background_lanes: Sequence[int],
+        lane_niceness: Sequence[int],
     ) -> None:
-        """Raises: StoreUnavailable if there is no process to be had."""
-        pairs = [socket.socketpair() for _ in range(1 + num_lanes)]
+        """`lane_niceness`: one per lane. Raises: StoreUnavailable if there is no process to be
+        had."""
+        pairs = [socket.socketpair() for _ in range(1 + len(lane_niceness))]
         (self._control, *self._lanes), theirs = zip(*pairs, strict=True)
         self._locks = [threading.Lock() for _ in self._lanes]
         config = AgentConfig(
@@ -64,7 +64,7 @@ class StoreAgent:
             memory_bytes=memory_bytes,
             control_fd=theirs[0].fileno(),
             lane_fds=[lane.fileno() for lane in theirs[1:]],
-            background_lanes=list(background_lanes),
+            lane_niceness=list(lane_niceness),
             protocol=address.protocol,
             master_server_address=address.master_server_address,
             metadata_server=address.metadata_server,

@@ -275,8 +275,8 @@ class StoreRun:
         self._job: Get | None = None
 
     @property
-    def is_full(self) -> bool:
-        return len(self._names) == self._client.slots.num_get
+    def max_blocks(self) -> int:
+        return self._client.slots.num_get
 
     def try_add(self, block_hash: BlockHash) -> bool:
         self._names.append(block_hash)

@@ -65,8 +65,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     control_fd: int
     lane_fds: list[int]
-    background_lanes: list[int]
-    """Indices of lanes that get only what nobody else wants of the cores."""
+    lane_niceness: list[int]
+    """One per lane, of the thread that serves it."""
     protocol: str
     master_server_address: str
     metadata_server: str

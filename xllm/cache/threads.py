@@ -1,4 +1,4 @@
-"""Threads that only get what nobody else wants of the cores."""
+"""Threads that leave the cores to others."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 import threading
 
 LOWEST_PRIORITY = 19
-"""As `nice` has it."""
+"""As `nice` has it: such a thread only gets what nobody else wants."""
 
 
-def lower_priority() -> None:
+def lower_priority(niceness: int = LOWEST_PRIORITY) -> None:
     """Of the calling thread, for good; where threads have no priority of their own, nothing."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

@@ -34,11 +34,18 @@ def _free_port() -> int:
 class MooncakePool:
     """`start` and `close`; in between, each process can be frozen, killed and started again."""
 
-    def __init__(self, folder: Path, num_bytes: int = 256 << 20, *master_flags: str) -> None:
-        """`num_bytes`: that the pool has at most."""
+    def __init__(
+        self,
+        folder: Path,
+        num_bytes: int = 256 << 20,
+        *master_flags: str,
+        metadata_server: str = "P2PHANDSHAKE",
+    ) -> None:
+        """`num_bytes`: that each process of memory has at most."""
         self._folder = folder
         self._num_bytes = num_bytes
         self._master_flags = master_flags
+        self._metadata_server = metadata_server
         self._port = _free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -53,7 +60,7 @@ class MooncakePool:
         return StoreAddress(
             protocol="tcp",
             master_server_address=self.address,
-            metadata_server="P2PHANDSHAKE",
+            metadata_server=self._metadata_server,
             local_hostname="127.0.0.1",
             segment_size=0,
             replica_num=1,
@@ -72,15 +79,15 @@ class MooncakePool:
         )
         self._wait_port("master", self._port)
 
-    def start_memory(self) -> None:
+    def start_memory(self, name: str = "memory") -> None:
         port = _free_port()
         self._launch(
-            "memory",
+            name,
             *("mooncake_client", f"-master_server_address={self.address}", "-host=127.0.0.1"),
-            *("-metadata_server=P2PHANDSHAKE", "-protocol=tcp", f"-port={port}"),
+            *(f"-metadata_server={self._metadata_server}", "-protocol=tcp", f"-port={port}"),
             f"-global_segment_size={self._num_bytes} B",
         )
-        self._wait_port("memory", port)
+        self._wait_port(name, port)
 
     def freeze(self, name: str) -> None:
         self._processes[name].send_signal(signal.SIGSTOP)

@@ -17,6 +17,7 @@ import pytest
 from tests.golden.fixtures import load_golden_prompts
 from tests.golden.matrix import CHUNKED, run_prompts
 from tests.golden.tiny_models import prompt_ids
+from tests.integration.etcd_server import EtcdServer
 from tests.missing import skip_or_fail
 from tests.mooncake_pool import MooncakePool, why_not
 from xllm.cache.store_client import GET_NICENESS
@@ -377,6 +378,41 @@ async def test_a_worker_lends_memory_to_the_pool(
                 await worker.clear_device()
                 assert await worker.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
             assert await lender.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
+    finally:
+        pool.close()
+
+
+async def test_members_find_one_another_through_etcd(
+    tmp_path: Path, needs_store: None, tiny_llama: Path, etcd: EtcdServer
+) -> None:
+    pool = MooncakePool(tmp_path, 64 << 20, metadata_server=f"etcd://{etcd.address}")
+    try:
+        pool.start()
+        async with working(tiny_llama, pool.store) as worker:
+            await worker.attached()
+            cold, _ = await worker.generate(PROMPT)
+            await worker.settle()
+            await worker.clear_device()
+            assert await worker.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
+    finally:
+        pool.close()
+
+
+async def test_a_copy_outlives_a_member_of_the_pool(
+    tmp_path: Path, needs_store: None, tiny_llama: Path
+) -> None:
+    pool = MooncakePool(tmp_path, 64 << 20, "-client_ttl=2")
+    try:
+        pool.start()
+        pool.start_memory("more")
+        async with working(tiny_llama, replace(pool.store, replica_num=2)) as worker:
+            await worker.attached()
+            cold, _ = await worker.generate(PROMPT)
+            await worker.settle()
+            pool.kill("memory")
+            await asyncio.sleep(3)
+            await worker.clear_device()
+            assert await worker.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
     finally:
         pool.close()
 

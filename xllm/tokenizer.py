@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,27 @@ class Tokenizer:
         return list(self._core.get_added_tokens_decoder().values())
 
     @property
+    def pre_tokenizer(self) -> Any:
+        """What splits a text into words, as tokenizer.json has it; None: nothing does."""
+        return _as_json(self._core.pre_tokenizer)
+
+    @property
+    def normalizer(self) -> Any:
+        """What changes a text before that."""
+        return _as_json(self._core.normalizer)
+
+    @cached_property
+    def tokens_around(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """What `encode` puts before and after the ids of a text; None: it does something else."""
+        alone = self.encode("a", add_special_tokens=False)
+        whole = self.encode("a", add_special_tokens=True)
+        starts = [i for i in range(len(whole)) if whole[i : i + len(alone)] == alone]
+        if not alone or len(starts) != 1:
+            return None
+        [start] = starts
+        return tuple(whole[:start]), tuple(whole[start + len(alone) :])
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
@@ -156,6 +178,11 @@ class Tokenizer:
         [encoding] = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's ids, without special tokens around."""
+        encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD. Any thread."""
@@ -301,6 +328,11 @@ class _Pieces(dict[int, bytes]):
         self._anchor_text = self._core.decode([self._anchor], skip_special_tokens=False)
         follower = self._after_anchor(self._anchor)
         self.starts_with_space = follower == " " + self._anchor_text
+
+
+def _as_json(component: Any) -> Any:
+    """A part of the package's tokenizer. Its state is JSON, without the vocabulary."""
+    return None if component is None else json.loads(component.__getstate__())
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -1,9 +1,11 @@
 """What routing a request costs a master, in CPU time of its process.
 
 A real master and a real etcd; the workers answer at once with one token and publish blocks, so that
-each prompt has a prefix that some of them hold. `route_text` sends prompts as text; tokenizing the
-same texts alone is `tokenize`, and what is left is `route_rest`. `route_ids` sends token ids.
-`route_chat` sends chats of as many tokens: the beginning, which others had too, as system message.
+each prompt has a prefix that some of them hold: half of it is one of eight beginnings, the rest is
+its own. `route_text` sends prompts as text. Tokenizing the same texts alone is `tokenize`; of some
+tokens the master remembers the ids (`known`), and what is left when tokenizing the others is taken
+off is `route_rest`. `route_ids` sends token ids, and `route_chat` chats of as many tokens, with the
+beginnings as their system messages.
 """
 
 from __future__ import annotations
@@ -73,17 +75,16 @@ async def _run(options: argparse.Namespace, procs: Launcher, etcd: Etcd) -> list
 
 
 class _Prompts:
-    """Texts of about so many tokens: half of each is one of eight beginnings."""
+    """Texts of about so many tokens: half of each is one of eight beginnings, and the other half is
+    one that no other has."""
 
     def __init__(self, num_tokens: int, tokenizer: Tokenizer) -> None:
         ids = prose_prompt(num_tokens * 4, 1, tokenizer.encode)
-        rng = random.Random(1)
         half = num_tokens // 2
+        self._words = tokenizer.decode(ids).split()
+        self._num_words = half * len(self._words) // len(ids)
+        self._random = random.Random(1)
         self.beginnings = [ids[i * 32 : i * 32 + half] for i in range(8)]
-        self._rests = [
-            tokenizer.decode(ids[start : start + half])
-            for start in rng.sample(range(len(ids) - half), 64)
-        ]
         self._texts = [tokenizer.decode(beginning) for beginning in self.beginnings]
         self._numbers = itertools.count()
         self.chat_beginnings = [
@@ -102,7 +103,8 @@ class _Prompts:
     def _next(self) -> tuple[str, str]:
         number = next(self._numbers)
         beginning = self._texts[number % len(self._texts)]
-        return beginning, f"{number} {self._rests[number % len(self._rests)]}"
+        rest = " ".join(self._random.choices(self._words, k=self._num_words))
+        return beginning, f"{number} {rest}"
 
 
 def _completion(prompt: str | list[int]) -> _Body:
@@ -127,6 +129,7 @@ async def _measure(
     ids_s: list[float] = []
     chat_s: list[float] = []
     tokenize_s: list[float] = []
+    known: list[float] = []
     num_tokens = 0
 
     async def per_request_s(bodies: Sequence[_Body]) -> float:
@@ -137,18 +140,22 @@ async def _measure(
         await per_request_s([prompts.completion() for _ in range(40)])
         await per_request_s([prompts.chat() for _ in range(40)])
         for _ in range(options.rounds):
+            before = await _known_tokens(session, master)
             text_s.append(await per_request_s(_many(prompts.completion, options.requests)))
+            known.append((await _known_tokens(session, master) - before) / options.requests)
             texts = [body["prompt"] for body in _many(prompts.completion, options.requests)]
             encoded, seconds = await asyncio.to_thread(_encode, tokenizer, texts)
             tokenize_s.append(seconds / len(texts))
             ids_s.append(await per_request_s([_completion(ids) for ids in encoded]))
             chat_s.append(await per_request_s(_many(prompts.chat, options.requests)))
             num_tokens = sum(map(len, encoded)) // len(encoded)
-    rest_ms = (median(text_s) - median(tokenize_s)) * 1e3
+    unknown_share = 1 - median(known) / num_tokens
+    rest_ms = (median(text_s) - unknown_share * median(tokenize_s)) * 1e3
     return [
         plain("prompt", num_tokens, "tokens"),
         limited("route_text", median(text_s) * 1e3, "ms", 4.0),
         plain("tokenize", median(tokenize_s) * 1e3, "ms"),
+        plain("known", median(known), "tokens"),
         limited("route_rest", rest_ms, "ms", 0.6),
         plain("route_ids", median(ids_s) * 1e3, "ms"),
         limited("route_chat", median(chat_s) * 1e3, "ms", 4.0),
@@ -164,6 +171,14 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]]
     before = time.thread_time()
     encoded = [tokenizer.encode(text, True) for text in texts]
     return encoded, time.thread_time() - before
+
+
+async def _known_tokens(session: aiohttp.ClientSession, master: Master) -> float:
+    """Of all prompts so far, how many the master did not tokenize."""
+    name = "xllm_tokenizer_cached_tokens_total "
+    async with session.get(f"{master.operator_url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
 async def _until_ready(session: aiohttp.ClientSession) -> None:

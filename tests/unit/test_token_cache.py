@@ -7,10 +7,11 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 
-from tests.fakes import spm_tokenizer, tiny_tokenizer
-from xllm.token_cache import MIN_SECTION_CHARS, TokenCache, _cut_pattern
+from tests.fakes import spm_tokenizer, tiny_core, tiny_tokenizer
+from xllm.text_cuts import MIN_PART_CHARS, PART_CHARS
+from xllm.token_cache import TokenCache
 from xllm.tokenizer import Tokenizer
 
 TINY = tiny_tokenizer()
@@ -103,10 +104,10 @@ def test_tenants_share_nothing() -> None:
 def test_a_salt_cannot_pass_for_a_part_of_the_text() -> None:
     cache = TokenCache(TINY)
     rest = "<|start|>" + LONG
-    cache.encode("y" * MIN_SECTION_CHARS + rest, "x")
-    cache.encode("y" * (MIN_SECTION_CHARS + 1) + rest, "")
+    cache.encode("y" * MIN_PART_CHARS + rest, "x")
+    cache.encode("y" * (MIN_PART_CHARS + 1) + rest, "")
     known = len(TINY.encode(rest, add_special_tokens=False))
-    assert cache.encode("xy" + "y" * (MIN_SECTION_CHARS - 1) + rest, "")[1] == known
+    assert cache.encode("xy" + "y" * (MIN_PART_CHARS - 1) + rest, "")[1] == known
 
 
 def test_memory_is_bounded_and_what_is_used_stays() -> None:
@@ -136,26 +137,34 @@ def test_what_does_not_fit_at_all_is_not_kept() -> None:
     assert cache.num_bytes == 0
 
 
-@pytest.mark.parametrize(
-    "others",
-    [
-        [AddedToken("<s>", lstrip=True, normalized=False)],
-        [AddedToken("<s>", rstrip=True, normalized=False)],
-        [AddedToken("<s>", single_word=True, normalized=False)],
-        [AddedToken("<s>", normalized=True)],
-        [AddedToken("<s>", normalized=False), AddedToken("a<s>", normalized=False)],
-        [AddedToken("<s>", normalized=False), AddedToken("<s><s>", normalized=False)],
-        [AddedToken("<s>", normalized=False), AddedToken("a<", normalized=False)],
-        [AddedToken("<s><", normalized=False)],
-        [AddedToken("sos", normalized=False)],
-    ],
-)
-def test_a_token_that_another_may_hide_is_no_place_to_cut(others: list[AddedToken]) -> None:
-    pattern = _cut_pattern(others)
-    assert pattern is None or not pattern.fullmatch(others[0].content)
+def test_a_text_that_begins_as_another_did_is_known_that_far() -> None:
+    cache = TokenCache(TINY)
+    document = "".join(f"Sentence {i} of a document that many ask about. " for i in range(100))
+    assert cache.encode(document + "First question?", "")[1] == 0
+    second = document + "Another one, which is longer?"
+    ids, num_known = cache.encode(second, "")
+    assert ids == TINY.encode(second)
+    kept = document[: len(document) - PART_CHARS - MIN_PART_CHARS]
+    assert num_known >= len(TINY.encode(kept))
 
 
-def test_a_text_without_special_tokens_is_tokenized_as_it_is() -> None:
+def test_what_stands_around_a_text_is_added_once() -> None:
+    core = tokenizers.Tokenizer.from_str(tiny_core())
+    start, end = core.token_to_id("<|start|>"), core.token_to_id("<|end|>")
+    core.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", start), ("<|end|>", end)]
+    )
+    tokenizer = Tokenizer(core)
+    cache = TokenCache(tokenizer)
+    for _ in range(2):
+        ids, num_known = cache.encode(LONG * 10, "", add_special_tokens=True)
+        assert ids == tokenizer.encode(LONG * 10)
+        assert (ids[0], ids[-1]) == (start, end)
+        assert cache.encode(LONG * 10, "")[0] == ids[1:-1]
+    assert num_known == len(ids) - 2
+
+
+def test_a_short_text_is_tokenized_as_it_is() -> None:
     cache = TokenCache(TINY)
     assert cache.encode(LONG, "") == (TINY.encode(LONG, add_special_tokens=False), 0)
     assert cache.num_bytes == 0

@@ -119,7 +119,8 @@ class GenerationHandlers:
         with self._admit():
             body = validate(CompletionRequest, await self._read(request))
             card, tokenizer = await self._model(body)
-            prompts = await self._encoder.completion(body, tokenizer, card)
+            salt = _salt(request, body.cache_salt)
+            prompts = await self._encoder.completion(body, tokenizer, card, salt)
             num_chars = _MANY_CHARS if body.wants_form else 0
             grammar = await self._encoder.run(lambda: body.answer_grammar() or "", num_chars)
             plan = ReadingPlan(grammar=grammar)

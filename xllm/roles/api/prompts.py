@@ -75,29 +75,29 @@ class PromptEncoder:
             variables["tools"] = tools
         variables |= request.chat_template_kwargs or {}
 
-        cache = None if salt is None or add_special_tokens else self._cache(tokenizer)
+        to_prompt = await self._prepare(tokenizer, salt, add_special_tokens)
 
         def encode() -> tuple[Prompt, int]:
             text = tokenizer.apply_chat_template(messages, **variables)
             if goes_on:
                 text = _up_to_end_of(messages[-1]["content"], text)
-            if cache is None or salt is None:
-                return Prompt(tokenizer.encode(text, add_special_tokens), text), 0
-            token_ids, num_known = cache.encode(text, salt)
-            return Prompt(token_ids, text), num_known
+            return to_prompt(text)
 
         num_chars = sum(len(message["content"]) for message in messages) + len(str(tools))
         prompt, num_known = await self.run(encode, num_chars)
-        if num_known:
-            self._on_known(num_known)
+        self._on_known(num_known)
         if not prompt.token_ids:
             raise InvalidRequest("the conversation renders to an empty prompt", param="messages")
         return prompt
 
     async def completion(
-        self, request: CompletionRequest, tokenizer: Tokenizer, card: ModelCard
+        self,
+        request: CompletionRequest,
+        tokenizer: Tokenizer,
+        card: ModelCard,
+        salt: str | None = None,
     ) -> list[Prompt]:
-        """Every prompt of the request, in its order.
+        """Every prompt of the request, in its order; `salt` as for a chat.
 
         Raises: InvalidRequest for an empty prompt, an unknown token, or too many samples.
         """
@@ -111,8 +111,9 @@ class PromptEncoder:
                 param="prompt" if len(entries) > MAX_SAMPLES else "n",
             )
         if isinstance(entries[0], str):
+            add_special_tokens = request.add_special_tokens is not False
             prompts = await self.texts(
-                entries, tokenizer, add_special_tokens=request.add_special_tokens is not False
+                entries, tokenizer, salt, add_special_tokens=add_special_tokens
             )
         else:
             prompts = [Prompt(token_ids) for token_ids in entries]
@@ -128,12 +129,18 @@ class PromptEncoder:
         return prompts
 
     async def texts(
-        self, texts: list[str], tokenizer: Tokenizer, *, add_special_tokens: bool
+        self,
+        texts: list[str],
+        tokenizer: Tokenizer,
+        salt: str | None = None,
+        *,
+        add_special_tokens: bool,
     ) -> list[Prompt]:
-        def encode() -> list[Prompt]:
-            return [Prompt(tokenizer.encode(text, add_special_tokens), text) for text in texts]
-
-        return await self.run(encode, sum(map(len, texts)))
+        """Each text's, in their order; `salt` as for a chat."""
+        to_prompt = await self._prepare(tokenizer, salt, add_special_tokens)
+        encoded = await self.run(lambda: [to_prompt(text) for text in texts], sum(map(len, texts)))
+        self._on_known(sum(num_known for _, num_known in encoded))
+        return [prompt for prompt, _ in encoded]
 
     async def decode(self, token_ids: list[int], tokenizer: Tokenizer) -> str:
         """Special tokens spelled out."""
@@ -143,11 +150,23 @@ class PromptEncoder:
 
         return await self.run(decode, len(token_ids))
 
-    def _cache(self, tokenizer: Tokenizer) -> TokenCache:
+    async def _prepare(
+        self, tokenizer: Tokenizer, salt: str | None, add_special_tokens: bool
+    ) -> Callable[[str], tuple[Prompt, int]]:
+        """What makes a prompt of a text, on any thread, and says how much of it was known."""
+        if salt is None:
+            return lambda text: (Prompt(tokenizer.encode(text, add_special_tokens), text), 0)
         cache = self._caches.get(tokenizer)
         if cache is None:
-            cache = self._caches[tokenizer] = TokenCache(tokenizer)
-        return cache
+            # On a thread, because some models have a thousand special tokens to look at.
+            made = await self.run(lambda: TokenCache(tokenizer), _LONG_TEXT_CHARS)
+            cache = self._caches.setdefault(tokenizer, made)
+
+        def encode(text: str) -> tuple[Prompt, int]:
+            token_ids, num_known = cache.encode(text, salt, add_special_tokens)
+            return Prompt(token_ids, text), num_known
+
+        return encode
 
     async def run(self, work: Callable[[], T], num_chars: int) -> T:
         """Does something that takes about as long as encoding so many characters."""

@@ -5,10 +5,10 @@ them. Chat templates put such tokens around each message.
 
     <|im_start|>system You are ...  |  <|im_end|> <|im_start|>user What is ...  |  <|im_end|> ...
 
-Before the space between two words, if the tokenizer splits text into words first, as byte-level
-ones do with regular expressions: none of those known here has a space elsewhere than at the
-beginning of a word, or among others. A part goes to the first such place after `PART_CHARS`, so
-texts that begin alike have the same parts until they differ.
+Before the space or the line's end between two words, if the tokenizer splits text into words first,
+as byte-level ones do with regular expressions: none of those known here has either elsewhere than
+at the beginning of a word, or after other space and marks. A part goes to the first such place
+after `PART_CHARS`, so texts that begin alike have the same parts until they differ.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PART_CHARS = 4096
 """Of a part that is cut between words, at least: a millisecond of tokenizing, which is what texts
 that begin alike may lose where they differ."""
 
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
-"""Letters and digits, whose neighbour no tokenizer takes for space."""
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])[ \n](?=[^\W_])")
+"""Of letters and digits, which no tokenizer takes for space or marks."""
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CAPITALS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -127,18 +127,16 @@ class _Hiding:
 
 
 def _may_take_space(token: AddedToken) -> bool:
-    """Whether the one space between two words may belong to it, or tell it something."""
+    """Whether what is between two words may belong to it, or tell it something."""
     content = token.content
+    has_space = " " in content or "\n" in content
     return (
-        token.lstrip
-        or token.rstrip
-        or token.single_word
-        or (" " in content and content.strip(" ") != "")
+        token.lstrip or token.rstrip or token.single_word or (has_space and not content.isspace())
     )
 
 
 def _makes_words(pre_tokenizer: Any) -> bool:
-    """Whether a pre-tokenizer, as tokenizer.json has it, splits before the space between two words,
+    """Whether a pre-tokenizer, as tokenizer.json has it, splits before what is between two words,
     and within each half as if it were alone."""
     if pre_tokenizer is None:
         return False

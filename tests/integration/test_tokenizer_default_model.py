@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.golden.prompts import _code, _numbers, _prose, _unicode
+from xllm.text_cuts import PART_CHARS, TextCuts
 from xllm.tokenizer import IncrementalDecoder, Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "tokenizer_golden.json").read_text())
@@ -33,6 +37,18 @@ def test_conversations(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
     prompt = tokenizer.apply_chat_template(case["messages"], add_generation_prompt=True)
     assert prompt == case["prompt"]
     assert tokenizer.encode(prompt, add_special_tokens=False) == case["ids"]
+
+
+@pytest.mark.parametrize("pieces", [_prose, _code, _unicode, _numbers])
+def test_a_text_has_the_tokens_of_its_parts(
+    tokenizer: Tokenizer, pieces: Callable[[int], Iterator[str]]
+) -> None:
+    text = "".join(islice(pieces(1), 2000))
+    cuts = TextCuts(tokenizer)
+    assert cuts.is_between_words
+    parts = cuts.parts(text)
+    assert len(parts) > len(text) / PART_CHARS / 2
+    assert [i for ids in tokenizer.encode_all(parts) for i in ids] == tokenizer.encode(text)
 
 
 def test_the_end_of_an_answer(tokenizer: Tokenizer) -> None:

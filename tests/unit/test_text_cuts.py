@@ -146,6 +146,7 @@ def test_so_are_texts_whose_spaces_are_looked_at_before() -> None:
     for token in (
         AddedToken("two words", normalized=False),
         AddedToken("after ", normalized=False),
+        AddedToken("two\nlines", normalized=False),
         AddedToken("<mask>", lstrip=True),
         AddedToken("<mask>", rstrip=True),
         AddedToken("<mask>", single_word=True),

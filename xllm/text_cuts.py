@@ -143,6 +143,8 @@ def _makes_words(pre_tokenizer: Any) -> bool:
     stages = (
         pre_tokenizer["pretokenizers"] if _type(pre_tokenizer) == "Sequence" else [pre_tokenizer]
     )
+    if any(_type(stage) == "ByteLevel" for stage in stages[:-1]):
+        return False  # what comes after it sees no spaces
     kinds = [_makes_words_of(stage) for stage in stages]
     return True in kinds and None not in kinds
 

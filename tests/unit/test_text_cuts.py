@@ -124,6 +124,7 @@ def test_texts_that_begin_alike_have_the_same_parts() -> None:
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), GPT2]),
         pre_tokenizers.Sequence([split(r"\s+\S+\s"), GPT2]),
+        pre_tokenizers.Sequence([BYTES, split(text_cuts._WORD_PATTERNS["llama3"])]),
         pre_tokenizers.Split(Regex(text_cuts._WORD_PATTERNS["gpt2"]), "removed"),
         pre_tokenizers.Split(Regex(text_cuts._WORD_PATTERNS["gpt2"]), "isolated", invert=True),
         pre_tokenizers.Split(" ", "merged_with_previous"),

@@ -177,9 +177,9 @@ class BodyTarget(Target):
         tokenizer = self._tokenizer
         match request:
             case CompletionRequest():
-                prompts = await self._encoder.completion(request, tokenizer, _CARD)
+                prompts = await self._encoder.completion(request, tokenizer, _CARD, "salt")
             case ChatCompletionRequest() | TokenizeChatRequest():
-                prompts = [await self._encoder.chat(request, tokenizer)]
+                prompts = [await self._encoder.chat(request, tokenizer, "salt")]
             case TokenizeTextRequest():
                 prompts = await self._encoder.texts(
                     [request.prompt], tokenizer, add_special_tokens=True

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -177,6 +179,27 @@ def test_messages_of_an_agent_are_accepted() -> None:
         ]
     )
     assert request.messages[2].content is None
+
+
+class Body(dict[str, Any]):
+    """One that can be referred to weakly."""
+
+
+def refuse() -> ref[Body]:
+    body = Body(model=MODEL, prompt="p", stream_options={"include_usage": True})
+    kept = None
+    try:
+        validate(CompletionRequest, body)
+    except InvalidRequest as error:
+        kept = error
+    assert kept is not None
+    return ref(body)
+
+
+def test_who_keeps_a_refusal_does_not_keep_its_request_for_ever() -> None:
+    refused = refuse()
+    gc.collect()
+    assert refused() is None
 
 
 async def test_arguments_that_are_too_deep_are_refused_by_name() -> None:

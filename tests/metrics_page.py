@@ -1,8 +1,9 @@
-"""docs/metrics.md as data, and what a process exports, in the same form."""
+"""docs/metrics.md as data, what a process exports in the same form, and one sample of it."""
 
 from __future__ import annotations
 
 import re
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,3 +52,14 @@ def exported(exposition: str) -> dict[str, str]:
         for family in text_string_to_metric_families(exposition)
         if not family.name.startswith("process_") and not family.name.endswith("_created")
     }
+
+
+def metric(operator_url: str, name: str) -> float | None:
+    """One sample by its name with labels; None while nothing answers."""
+    try:
+        with urllib.request.urlopen(f"{operator_url}/metrics", timeout=5) as response:
+            text = response.read().decode()
+    except OSError:
+        return None
+    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found is not None else None

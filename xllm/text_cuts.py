@@ -102,7 +102,7 @@ def special_pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:
     safe = [
         token.content
         for token in tokens
-        if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        if not (token.normalized or _looks_around(token))
         # Of the other kind, a token before this one asks whether a word goes on.
         and not (token.content[0].isalnum() or token.content[0].isspace())
         and not hides(token.content)
@@ -130,9 +130,11 @@ def _may_take_space(token: AddedToken) -> bool:
     """Whether what is between two words may belong to it, or tell it something."""
     content = token.content
     has_space = " " in content or "\n" in content
-    return (
-        token.lstrip or token.rstrip or token.single_word or (has_space and not content.isspace())
-    )
+    return _looks_around(token) or (has_space and not content.isspace())
+
+
+def _looks_around(token: AddedToken) -> bool:
+    return bool(token.lstrip or token.rstrip or token.single_word)
 
 
 def _makes_words(pre_tokenizer: Any) -> bool:
@@ -141,9 +143,9 @@ def _makes_words(pre_tokenizer: Any) -> bool:
     if pre_tokenizer is None:
         return False
     stages = (
-        pre_tokenizer["pretokenizers"] if _type(pre_tokenizer) == "Sequence" else [pre_tokenizer]
+        pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     )
-    if any(_type(stage) == "ByteLevel" for stage in stages[:-1]):
+    if any(stage["type"] == "ByteLevel" for stage in stages[:-1]):
         return False  # what comes after it sees no spaces
     kinds = [_makes_words_of(stage) for stage in stages]
     return True in kinds and None not in kinds
@@ -151,7 +153,7 @@ def _makes_words(pre_tokenizer: Any) -> bool:
 
 def _makes_words_of(stage: Any) -> bool | None:
     """False: it only splits within words; None: nobody knows."""
-    match _type(stage):
+    match stage["type"]:
         case "Digits":
             return False
         case "ByteLevel" if not stage["add_prefix_space"]:
@@ -162,7 +164,3 @@ def _makes_words_of(stage: Any) -> bool | None:
                 return True
             return False if regex in _HARMLESS_PATTERNS else None
     return None
-
-
-def _type(stage: Any) -> Any:
-    return stage["type"]

@@ -48,14 +48,14 @@ class TokenCache:
         tokenizer = self._tokenizer()
         assert tokenizer is not None, "whoever encodes has it"
         around = tokenizer.tokens_around if add_special_tokens else ((), ())
-        parts = self._cuts.parts(text) if around is not None else [text]
+        parts = self._cuts.parts(text)
         if around is None or len(parts) == 1:
             return tokenizer.encode(text, add_special_tokens), 0
         keys = [_key(part, salt) for part in parts]
         known = self._look_up(keys)
         unknown = [part for part, ids in zip(parts, known, strict=True) if ids is None]
         # In one call, because each gives up the interpreter's lock and has to get it back.
-        encoded = iter(tokenizer.encode_all(unknown))
+        encoded = iter(tokenizer.encode_all(unknown, add_special_tokens=False))
         before, after = around
         whole = list(before)
         num_known = 0

@@ -174,14 +174,13 @@ class Tokenizer:
         `add_special_tokens` adds what the model expects around a raw prompt (BOS); text that a
         chat template rendered has it already. Releases the GIL for most of its time.
         """
-        # The batch call is the one that releases the GIL; the fast one leaves offsets out.
-        [encoding] = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
+        [ids] = self.encode_all([text], add_special_tokens)
         return ids
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text's ids, without special tokens around."""
-        encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
+    def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The same for each text; of several at a time, on all cores."""
+        # The batch call is the one that releases the GIL; the fast one leaves offsets out.
+        encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -285,7 +284,7 @@ class _Pieces(dict[int, bytes]):
         self.special_ids = frozenset(
             token_id for token_id, token in core.get_added_tokens_decoder().items() if token.special
         )
-        decoders = _decoder_types(json.loads(core.to_str()).get("decoder"))
+        decoders = _decoder_types(_as_json(core.decoder))
         self._byte_of = _byte_level_alphabet() if "ByteLevel" in decoders else None
         self._has_byte_tokens = "ByteFallback" in decoders
         self._anchor: int | None = None

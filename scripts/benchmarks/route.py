@@ -29,6 +29,7 @@ from benchmarks.instant_workers import InstantWorker, instant_workers
 from benchmarks.report import Row, limited, plain
 from tests.e2e.processes import Etcd, Launcher, Master, launcher
 from tests.golden.prompts import prose_prompt
+from tests.metrics_page import metric
 from xllm.coordination import EtcdClient
 from xllm.model_store import resolve_model
 from xllm.protocol import ModelCard
@@ -140,9 +141,9 @@ async def _measure(
         await per_request_s([prompts.completion() for _ in range(40)])
         await per_request_s([prompts.chat() for _ in range(40)])
         for _ in range(options.rounds):
-            before = await _known_tokens(session, master)
+            before = await _known_tokens(master)
             text_s.append(await per_request_s(_many(prompts.completion, options.requests)))
-            known.append((await _known_tokens(session, master) - before) / options.requests)
+            known.append((await _known_tokens(master) - before) / options.requests)
             texts = [body["prompt"] for body in _many(prompts.completion, options.requests)]
             encoded, seconds = await asyncio.to_thread(_encode, tokenizer, texts)
             tokenize_s.append(seconds / len(texts))
@@ -173,12 +174,10 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]]
     return encoded, time.thread_time() - before
 
 
-async def _known_tokens(session: aiohttp.ClientSession, master: Master) -> float:
+async def _known_tokens(master: Master) -> float:
     """Of all prompts so far, how many the master did not tokenize."""
-    name = "xllm_tokenizer_cached_tokens_total "
-    async with session.get(f"{master.operator_url}/metrics") as response:
-        lines = (await response.text()).splitlines()
-    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+    name = "xllm_tokenizer_cached_tokens_total"
+    return await asyncio.to_thread(metric, master.operator_url, name) or 0
 
 
 async def _until_ready(session: aiohttp.ClientSession) -> None:

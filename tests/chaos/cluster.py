@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import shutil
 import signal
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ import psutil
 from tests.chaos.model import MODEL_ID
 from tests.chaos.proxy import Proxy
 from tests.e2e.processes import Launcher, Process, free_port, http_status
+from tests.metrics_page import metric
 from xllm.coordination import find_etcd_binary
 
 LEASE_TTL_S = 3.0
@@ -218,17 +217,6 @@ class ChaosCluster:
             *(sys.executable, "-m", "xllm", *flags),
             *(f"--etcd_addr={','.join(self.etcd_addresses)}", f"--lease_ttl={LEASE_TTL_S}"),
         ]
-
-
-def metric(operator_url: str, name: str) -> float | None:
-    """One sample by its name with labels; None while nothing answers."""
-    try:
-        with urllib.request.urlopen(f"{operator_url}/metrics", timeout=5) as response:
-            text = response.read().decode()
-    except OSError:
-        return None
-    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-    return float(found[1]) if found is not None else None
 
 
 async def until(condition: Callable[[], bool], what: str, within_s: float) -> None:

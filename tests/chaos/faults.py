@@ -15,7 +15,8 @@ from contextlib import suppress
 
 import aiohttp
 
-from tests.chaos.cluster import LEASE_TTL_S, ChaosCluster, EtcdMember, Master, Worker, metric, until
+from tests.chaos.cluster import LEASE_TTL_S, ChaosCluster, EtcdMember, Master, Worker, until
+from tests.metrics_page import metric
 from xllm.coordination import EtcdClient, Keys
 from xllm.protocol import MasterId, WorkerId
 from xllm.roles.leader_word import decode_word

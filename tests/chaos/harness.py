@@ -17,11 +17,12 @@ from pathlib import Path
 import aiohttp
 
 from tests.chaos.checks import EtcdDiverged, check_etcd, check_indexes
-from tests.chaos.cluster import ChaosCluster, Master, Role, metric, until
+from tests.chaos.cluster import ChaosCluster, Master, Role, until
 from tests.chaos.faults import Faults
 from tests.chaos.load import Case, Client, Load, make_cases
 from tests.chaos.model import write_chaos_model
 from tests.e2e.processes import launcher
+from tests.metrics_page import metric
 
 NUM_CLIENTS = 6
 NUM_CASES = 18

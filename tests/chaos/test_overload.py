@@ -10,9 +10,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.chaos.cluster import ChaosCluster, metric
+from tests.chaos.cluster import ChaosCluster
 from tests.chaos.model import MODEL_ID, write_chaos_model
 from tests.e2e.processes import launcher
+from tests.metrics_page import metric
 
 MEASURED_S = 5.0
 FACTOR = 10

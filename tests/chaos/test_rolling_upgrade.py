@@ -15,10 +15,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.chaos.cluster import ChaosCluster, Master, Worker, metric, until
+from tests.chaos.cluster import ChaosCluster, Master, Worker, until
 from tests.chaos.load import Client, Load, make_cases
 from tests.chaos.model import write_chaos_model
 from tests.e2e.processes import http_status, launcher
+from tests.metrics_page import metric
 from xllm.roles.departure import QUIET_S
 
 SEED = 3

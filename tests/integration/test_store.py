@@ -158,6 +158,16 @@ async def working(
         await engine.stop()
 
 
+async def put_and_load(worker: Worker) -> list[int]:
+    """The prompt's tokens, computed and then from the store alone."""
+    await worker.attached()
+    cold, _ = await worker.generate(PROMPT)
+    await worker.settle()
+    await worker.clear_device()
+    assert await worker.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
+    return cold
+
+
 async def test_blocks_outlive_their_workers(pool: MooncakePool, tiny_llama: Path) -> None:
     async with working(tiny_llama, pool.store) as first:
         await first.attached()
@@ -372,11 +382,7 @@ async def test_a_worker_lends_memory_to_the_pool(
         async with working(tiny_llama, replace(pool.store, segment_size=32 << 20)) as lender:
             await lender.attached()
             async with working(tiny_llama, pool.store) as worker:
-                await worker.attached()
-                cold, _ = await worker.generate(PROMPT)
-                await worker.settle()
-                await worker.clear_device()
-                assert await worker.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
+                cold = await put_and_load(worker)
             assert await lender.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
     finally:
         pool.close()
@@ -389,11 +395,7 @@ async def test_members_find_one_another_through_etcd(
     try:
         pool.start()
         async with working(tiny_llama, pool.store) as worker:
-            await worker.attached()
-            cold, _ = await worker.generate(PROMPT)
-            await worker.settle()
-            await worker.clear_device()
-            assert await worker.generate(PROMPT) == (cold, {"remote": NUM_CACHED})
+            await put_and_load(worker)
     finally:
         pool.close()
 
@@ -410,6 +412,7 @@ async def test_a_copy_outlives_a_member_of_the_pool(
             cold, _ = await worker.generate(PROMPT)
             await worker.settle()
             pool.kill("memory")
+            # Only time tells the store's master: `client_ttl`, and a second until it looks.
             await asyncio.sleep(3)
             await worker.clear_device()
             assert await worker.generate(PROMPT) == (cold, {"remote": NUM_CACHED})

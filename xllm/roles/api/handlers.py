@@ -82,13 +82,14 @@ class GenerationHandlers:
         new_format: NewFormat,
         response_id: str,
     ) -> web.StreamResponse:
-        prompt = await self._encoder.chat(body, tokenizer, _salt(request, body.cache_salt))
+        salt = _salt(request, body.cache_salt)
+        prompt = await self._encoder.chat(body, tokenizer, salt)
         num_chars = _MANY_CHARS if body.wants_form or body.tools else 0
         plan = await self._encoder.run(
             lambda: plan_reading(body, prompt, tokenizer, self._config), num_chars
         )
         return await self._respond(
-            request, body, card, tokenizer, [prompt], new_format, response_id, plan
+            request, body, card, tokenizer, [prompt], new_format, response_id, plan, salt
         )
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
@@ -126,7 +127,7 @@ class GenerationHandlers:
             plan = ReadingPlan(grammar=grammar)
             response_id = f"cmpl-{uuid.uuid4().hex}"
             return await self._respond(
-                request, body, card, tokenizer, prompts, CompletionFormat, response_id, plan
+                request, body, card, tokenizer, prompts, CompletionFormat, response_id, plan, salt
             )
 
     @contextmanager
@@ -164,6 +165,7 @@ class GenerationHandlers:
         new_format: NewFormat,
         response_id: str,
         plan: ReadingPlan,
+        salt: str,
     ) -> web.StreamResponse:
         call = request[CALL]
         caller = request.get(CALLER, ANYBODY)
@@ -171,7 +173,7 @@ class GenerationHandlers:
         job = Job(
             requests=_generate_requests(
                 *(body, card, tokenizer, prompts, response_id),
-                salt=_salt(request, body.cache_salt),
+                salt=salt,
                 grammar=plan.grammar,
                 traceparent=call.span.traceparent,
             ),
